@@ -1,0 +1,89 @@
+"""The model card beside an exported adapter: what it is for, how it was made, what was shown and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .init.apply import INITS
+from .losses.forget import FORGET_LOSSES
+
+PLAIN_WORDS = """\
+- This adapter **suppresses**; it does not erase. Anyone who holds the base model can leave the adapter out, or scale it
+  down, and has the old model back. Merge it (`lorasure export RUN --merge true`) before giving weights away.
+- The numbers above say how probable the forget set's *own* answers are. They do not show that the knowledge cannot be
+  brought back by further training, quantisation, paraphrased or translated questions, or other prompts. Those attacks
+  were **not run** for this card.
+- The retain numbers are measured on rows that training may have used. They do not show that everything else is unharmed."""
+
+
+def model_card(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Markdown with the YAML header that the hub reads. Contains hashes and counts, never the data's text."""
+    s, base = summary["settings"], summary["base"]
+    init, loss = INITS[s["init"]], FORGET_LOSSES[s["loss"]]
+    rows = [_score_row(name, summary["before"][name], summary["after"][name]) for name in ("forget", "retain")]
+    settings = "\n".join(f"| {name} | {value} |" for name, value in sorted(s.items()) if value is not None)
+    sets = "\n".join(
+        f"| {name} | {part['rows']} | {part['answer_tokens']} | {part['truncated']} | `{part['sha256']}` |"
+        for name, part in data.items()
+    )
+    hashes = "\n".join(f"  - `{name}` sha256 `{value}`" for name, value in base["files"].items())
+    return f"""---
+base_model: {base["source"]}
+library_name: peft
+tags: [unlearning, lora, lorasure]
+---
+
+# Unlearning adapter for {base["source"]}
+
+A plain LoRA adapter of rank {summary["export"]["rank"]} for the **untouched** base model.
+
+- Base: `{base["source"]}`, revision {base["revision"] or "not recorded (local folder)"}, {base["parameters"]} parameters
+{hashes}
+- Start: {init.title} ({init.paper})
+- Forget loss: {loss.title} ({loss.paper})
+- Verdict: {summary["verdict"]["text"]}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base["source"]}")
+model = PeftModel.from_pretrained(base, "this folder")
+```
+
+## What was measured
+
+Mean probability of an answer token sequence, exp(-NLL per token), with a 95 % interval over examples.
+
+| set | examples | before | after |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+The adapter was loaded on the base anew with nothing but `transformers` and `peft`; its logits differ from the trained model's by
+{summary["export"]["max_logit_difference"]:.1e} at most (bound {summary["export"]["bound"]:.1e}).
+
+## What this does not show
+
+{PLAIN_WORDS}
+
+## Data
+
+| set | rows | answer tokens | truncated rows | sha256 of the rows |
+|---|---|---|---|---|
+{sets}
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+
+def _score_row(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    def shown(score: Mapping[str, Any]) -> str:
+        interval = "" if score["low"] is None else f" [{score['low']:.4f}, {score['high']:.4f}]"
+        return f"{score['value']:.4f}{interval}"
+
+    return f"| {name} | {after['n']} | {shown(before)} | {shown(after)} |"

@@ -1,0 +1,212 @@
+"""Every setting, once: a frozen dataclass per stage. Flags, YAML keys and help texts are made from these fields.
+
+Imports nothing heavy. Names of registry entries appear in the help texts; a test compares them with the registries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import UsageError
+
+
+def option(
+    default: Any, text: str, *, low: float | None = None, above: float | None = None, high: float | None = None
+) -> Any:
+    """A field with a help text and bounds: low <= value <= high, above < value."""
+    return field(default=default, metadata={"help": text, "low": low, "above": above, "high": high})
+
+
+def required(text: str) -> Any:
+    """A field that the user must give."""
+    return field(metadata={"help": text})
+
+
+def flag(name: str) -> str:
+    """The flag of a field. `lambda` is a Python keyword, so its field is called `lambda_`."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings: checks the bounds of every field."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, meta = getattr(self, f.name), f.metadata
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            low, above, high = meta.get("low"), meta.get("above"), meta.get("high")
+            if not math.isfinite(value):
+                raise UsageError(f"{flag(f.name)} must be a finite number, got {value}.")
+            if low is not None and value < low:
+                raise UsageError(f"{flag(f.name)} must be at least {low}, got {value}.")
+            if above is not None and value <= above:
+                raise UsageError(f"{flag(f.name)} must be above {above}, got {value}.")
+            if high is not None and value > high:
+                raise UsageError(f"{flag(f.name)} must be at most {high}, got {value}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings under their public names, ready for YAML."""
+        return {name.rstrip("_"): value for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        """Settings from public names. Unknown names are an error."""
+        names = {f.name.rstrip("_"): f.name for f in fields(cls)}
+        unknown = [name for name in values if name not in names]
+        if unknown:
+            raise UsageError(f"Unknown setting '{unknown[0]}'. Choose from: {', '.join(names)}.")
+        return cls(**{names[name]: value for name, value in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """Which model, and how text becomes tokens."""
+
+    model: str = required("the base model: a folder or a hub id; its files are never changed")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    dtype: str = option("auto", "float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the accelerator if there is one")
+    template: str = option(
+        "auto",
+        "how a question becomes a prompt: auto (the model's chat template, else qa), qa, chat, tofu-phi, tofu-llama2, "
+        "or your own text with {question} in it",
+    )
+    max_length: int = option(512, "longest example in tokens; longer ones are cut and counted", low=2)
+    stride: int | None = option(None, "new tokens per window of plain text (default: half of --max-length)", low=1)
+    tokens_per_batch: int = option(
+        2048, "padded tokens in one forward pass; changes memory and speed, not the result", low=1
+    )
+    prompt_key: str | None = option(None, "column with the question or prompt (default: recognised by its name)")
+    answer_key: str | None = option(None, "column with the answer or completion (default: recognised by its name)")
+    text_key: str | None = option(None, "column with plain text (default: recognised by its name)")
+    group_key: str | None = option(None, "column that groups rows, for --pairing modular (default: group)")
+    seed: int = option(0, "seed of everything random", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ModelSettings):
+    """What to forget and what to keep."""
+
+    forget: str = required("the text that must go: JSONL, JSON, CSV, Parquet, plain text, or a hub data set id")
+    retain: str = required("text that must stay, same formats")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings(Settings):
+    """Which layers may get an adapter."""
+
+    targets: str = option(
+        "all", "layers to adapt, comma-separated globs such as q_proj,*.mlp.*; all: every linear layer"
+    )
+    exclude: str = option("", "layers to leave out, same form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSettings(SiteSettings):
+    """How to measure which weights carry the forget set."""
+
+    init: str = option(
+        "vila", "how the adapter starts: lora, pissa, fila, vila, expila, absila, sketch, reglu or inputs"
+    )
+    rank: int = option(8, "rank of the adapter", low=1)
+    alpha: float = option(16.0, "scaling of the adapter is alpha / rank", above=0)
+    score: str | None = option(None, "importance: fisher, variance, expectation or absolute (default: that of --init)")
+    space: str | None = option(None, "gradients of: full, lora or sketch (default: that of --init)")
+    probe_rank: int | None = option(None, "rank of the random probe in lora and sketch space (default: --rank)", low=1)
+    sigma: float = option(0.05, "standard deviation of the probe in lora space", above=0)
+    retain_rows: int | None = option(
+        None, "retain rows to measure on, drawn without replacement (default: as many as forget rows)", low=1
+    )
+    compat: str | None = option(None, "paper-code: reproduce the arithmetic of the public FILA and VILA scripts")
+    importance: str | None = option(None, "reuse the importance of this earlier run (same model, data and settings)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitSettings(Settings):
+    """How importance becomes the adapter's start."""
+
+    solver: str = option("rows", "weighted low-rank solver: rows, rows-and-columns or elementwise")
+    split: str | None = option(
+        None, "how the start is split into B and A: balanced or published (default: that of --init)"
+    )
+    coverage: float = option(1.0, "share of the layers to adapt, the most important first", above=0, high=1)
+    balance: float = option(0.7, "reglu, inputs: weight of the retain set against the forget set", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """AdamW, its schedule, and what a step is."""
+
+    lr: float = option(1e-4, "learning rate; 1e-4 suits models of 1 to 8 B, small ones need more", above=0)
+    epochs: int = option(5, "passes over the rows to forget (finetune: to learn)", low=1)
+    batch_size: int = option(
+        32, "rows to forget (finetune: to learn) per step; as many retain rows come with them", low=1
+    )
+    schedule: str = option("linear", "learning rate: linear, cosine or constant, after the warm-up")
+    warmup: float = option(0.2, "share of the steps that warm up", low=0, high=1)
+    weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(OptimizerSettings):
+    """How the adapter learns to forget."""
+
+    loss: str = option("ihl", "forget loss: ga, gd, kl, npo, simnpo, ihl, dpo, idk or catnip")
+    retain_loss: str | None = option(None, "retain loss: nll, kl or none (default: the one that goes with --loss)")
+    lambda_: float = option(1.0, "weight of the retain loss", low=0)
+    beta: float | None = option(None, "beta of npo, simnpo, dpo, catnip (default: the loss's own)", above=0)
+    delta: float | None = option(None, "margin of simnpo in nats per token (default: the loss's own)")
+    pairing: str = option("random", "which retain row meets a forget row: random, cyclic or modular (same group)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Settings):
+    """What to hand over."""
+
+    export_rank: int | None = option(None, "compress the adapter to this rank (default: exact, twice --rank)", low=1)
+    merge: bool = option(False, "also write the merged model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutSettings(Settings):
+    """Where to."""
+
+    out: str = required("the run folder to make")
+    overwrite: bool = option(False, "replace a non-empty --out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetSettings(OutSettings, ExportSettings, TrainSettings, InitSettings, ImportanceSettings, DataSettings):
+    """All settings of `lorasure forget`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compat not in (None, "paper-code"):
+            raise UsageError(f"--compat must be paper-code, got '{self.compat}'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(OutSettings, OptimizerSettings, ModelSettings):
+    """All settings of `lorasure finetune`."""
+
+    data: str = required("rows to learn, same formats as --forget")
+    rank: int | None = option(None, "train a LoRA adapter of this rank and merge it (default: all weights)", low=1)
+    alpha: float = option(16.0, "scaling of the adapter is alpha / rank", above=0)
+    lr: float = option(1e-5, "learning rate; small models and LoRA need more", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(Settings):
+    """All settings of `lorasure demo`."""
+
+    out: str = option("runs/demo", "folder for the models, data and run that the demo makes")
+    overwrite: bool = option(True, "replace what an earlier demo left there")
+    seed: int = option(0, "seed of everything random", low=0)

@@ -1,0 +1,72 @@
+"""One data source, read and tokenized by the settings, with an account of what became of its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import ModelSettings
+from .encode import Encoded, encode
+from .examples import Example, Row
+from .readers import Layout, Rows, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows of one file and their examples."""
+
+    source: str
+    read: Rows
+    encoded: Encoded
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        return self.encoded.examples
+
+    def about(self) -> dict[str, Any]:
+        """Counts, places of what was left out or cut, and a hash; never the text."""
+        return {
+            "source": self.source,
+            "sha256": rows_hash(self.read.rows),
+            **self.read.counts(),
+            **self.encoded.counts(),
+            "skipped_rows": [list(item) for item in self.read.skipped],
+            "duplicate_rows": [list(item) for item in self.read.duplicates],
+            "truncated_rows": list(self.encoded.truncated),
+        }
+
+    def notes(self, name: str) -> list[str]:
+        """One line for each kind of thing that happened to the rows."""
+        counts = {
+            "truncated to --max-length": len(self.encoded.truncated),
+            "skipped (blank)": len(self.read.skipped),
+            "duplicates removed": len(self.read.duplicates),
+        }
+        return [f"{name}: {n} rows {what}; see data.json." for what, n in counts.items() if n]
+
+
+def rows_hash(rows: Sequence[Row]) -> str:
+    """sha256 over prompts, messages and answers, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.kind, row.prompt, row.messages, row.answer]).encode())
+    return digest.hexdigest()
+
+
+def load_data(source: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> DataSet:
+    """Read and tokenize one data source."""
+    keys = ("prompt_key", "answer_key", "text_key", "group_key")
+    read = read_rows(source, Layout(**{key: getattr(settings, key) for key in keys}))
+    return DataSet(source, read, encode_rows(read.rows, settings, tokenizer))
+
+
+def encode_rows(rows: Sequence[Row], settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Tokenize rows by the settings."""
+    s = settings
+    return encode(rows, tokenizer, template=s.template, max_length=s.max_length, stride=s.stride)

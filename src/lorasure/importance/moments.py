@@ -1,0 +1,63 @@
+"""Streaming moments of per-example gradients: what importance is made of. Pure tensors, no model.
+
+Every moment is a mean over *examples*, each counted once; a gradient is that of one example's mean NLL per answer token
+(nats per token), so the results do not depend on batch size, padding or the number of devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Running moments of values g with any shape, in float32 (Chan's parallel update of Welford's algorithm).
+
+    `mean` is E[g]; `squares` is the sum over examples of (g - E[g])^2, so a variance can never be negative and does not
+    lose its digits when E[g]^2 is close to E[g^2]; `absolute` is E[|g|]. All have the shape of one g.
+    """
+
+    count: int
+    mean: Tensor
+    squares: Tensor
+    absolute: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], device: torch.device | None = None) -> Moments:
+        return cls(0, *(torch.zeros(shape, device=device) for _ in range(3)))
+
+    def update(self, values: Tensor) -> None:
+        """Add a batch of per-example values (examples, *shape)."""
+        values = values.float()
+        mean = values.mean(0)
+        squares = (values - mean).square_().sum(0)
+        self.merge(Moments(len(values), mean, squares, values.abs().mean(0)))
+
+    def merge(self, other: Moments) -> None:
+        """Add moments taken elsewhere (another batch, another process)."""
+        total = self.count + other.count
+        if other.count == 0:
+            return
+        share = other.count / total
+        delta = other.mean - self.mean
+        self.mean += delta * share
+        self.squares += other.squares + delta.square_() * (self.count * share)
+        self.absolute += (other.absolute - self.absolute) * share
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """E[(g - E[g])^2], the population variance."""
+        return self.squares / self.count
+
+    @property
+    def second(self) -> Tensor:
+        """E[g^2]."""
+        return self.variance + self.mean.square()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name, without the count."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "count"}

@@ -1,0 +1,100 @@
+"""`--compat paper-code`: the arithmetic of the public FILA and VILA scripts, so that their numbers can be checked.
+
+What differs from ours, all kept here on purpose: the gradient is that of a *batch's* mean loss and its moments are weighted by
+the batch's token count, so they change with the batch size; the random probe is added to the model and not compensated, so
+another model is measured; ten passes over the data; retain rows drawn uniformly with replacement; VILA's variances are divided
+by the token count a second time; an absolute epsilon of 1e-5 in the ratio. Our only departure: sums are kept in float32, where
+the scripts sum in the model's dtype.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.examples import Example, collate
+from ..errors import UsageError
+from ..forward import Progress, answer_logits
+from ..sites import Site, tap
+from .collect import Probe, SetMoments, per_example
+from .moments import Moments
+
+EPSILON = 1e-5
+PASSES = 10
+BATCH_SIZE = 4
+PUBLISHED = (("fisher", "full"), ("variance", "lora"))
+
+
+def paper_moments(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    probe: Probe,
+    *,
+    score: str,
+    progress: Progress | None = None,
+) -> tuple[SetMoments, SetMoments]:
+    """The two sets' published scores, as Moments whose `second` and `variance` are that score; use EPSILON as the floor."""
+    if (score, probe.space) not in PUBLISHED:
+        choices = " or ".join(f"--score {s} --space {p}" for s, p in PUBLISHED)
+        raise UsageError(f"--compat paper-code covers {choices}, got --score {score} --space {probe.space}.")
+    generator = random.Random(probe.seed)
+    sums: dict[str, _Sums] = {"forget": _Sums(), "retain": _Sums()}
+    for _ in range(PASSES):
+        order = generator.sample(range(len(forget)), len(forget))
+        for start in range(0, len(order), BATCH_SIZE):
+            chosen = order[start : start + BATCH_SIZE]
+            sums["forget"].add(model, sites, [forget[i] for i in chosen], probe)
+            sums["retain"].add(model, sites, generator.choices(retain, k=len(chosen)), probe)
+            if progress:
+                progress(2 * len(chosen))
+    return sums["forget"].scores(score), sums["retain"].scores(score)
+
+
+class _Sums:
+    """Token-weighted sums of the batch gradient and of its square, per site and factor."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.first: dict[tuple[str, str], Tensor] = {}
+        self.second: dict[tuple[str, str], Tensor] = {}
+
+    def add(self, model: PreTrainedModel, sites: Sequence[Site], batch: Sequence[Example], probe: Probe) -> None:
+        factors = {site.name: probe.factors(site, model.device) for site in sites}
+        tokens = sum(e.answer_length for e in batch)
+        gradients: dict[tuple[str, str], Tensor] = {}
+
+        def perturb(site: Site, x: Tensor, y: Tensor) -> Tensor | None:
+            f = factors[site.name]
+            return probe.scaling * (x.float() @ f["A"].T) @ f["B"].T if f else None
+
+        def observe(site: Site, x: Tensor, d: Tensor) -> None:
+            for values in per_example(probe, factors[site.name], x, d):
+                for name, value in values.items():
+                    key = (site.name, name)
+                    gradients[key] = gradients.get(key, 0) + value.sum(0)
+
+        with tap(model, sites, forward=perturb, backward=observe):
+            answers, _ = answer_logits(model, collate(batch).to(model.device))
+            (answers.nll_sum.sum() / tokens).backward()
+        self.tokens += tokens
+        for key, gradient in gradients.items():
+            self.first[key] = self.first.get(key, 0) + gradient * tokens
+            self.second[key] = self.second.get(key, 0) + gradient.square() * tokens
+
+    def scores(self, score: str) -> SetMoments:
+        result: SetMoments = {}
+        for (site, factor), first in self.first.items():
+            value = self.second[site, factor] / self.tokens
+            if score == "variance":
+                value = (value - (first / self.tokens).square()).clamp_min(0)
+                if factor == "A":  # the second division by the count, once per product Var B @ Var A
+                    value = value / self.tokens
+            zero = torch.zeros_like(value)
+            result.setdefault(site, {})[factor] = Moments(1, zero, value, zero)
+        return result

@@ -1,0 +1,72 @@
+"""Top singular vectors and eigenvectors in float64, deterministic up to and including their signs."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import NumericError, UsageError
+
+# Measured on two cores: the exact SVD of a 512 x 512 matrix takes .06 s, of 1024 x 1024 .4 s, of 1536 x 1536 1.2 s.
+EXACT_UP_TO = 512
+OVERSAMPLING = 16
+# On a Gaussian matrix, the flattest spectrum there is (1536 x 1536, r = 8), 8 blocks lose 5e-4 of the top-r energy;
+# 8 power iterations that keep only the last block lose 2e-2, for the same number of products with the matrix.
+KRYLOV_STEPS = 8
+
+
+def check_rank(matrix: torch.Tensor, rank: int) -> None:
+    if not 1 <= rank <= min(matrix.shape):
+        raise UsageError(f"rank must be in [1, {min(matrix.shape)}], got {rank}")
+
+
+def require_finite(matrix: torch.Tensor, what: str) -> torch.Tensor:
+    """The matrix itself, or NumericError: LAPACK answers a NaN with an error that does not say where it came from."""
+    if not torch.isfinite(matrix).all():
+        raise NumericError(f"{what} has a non-finite value")
+    return matrix
+
+
+def align_signs(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flip pairs of columns of `u` (m, r) and `v` (n, r) so that the largest entry of each of `v`'s is positive."""
+    signs = v.gather(0, v.abs().argmax(dim=0, keepdim=True)).sign()
+    return u * signs, v * signs
+
+
+def top_eigenvectors(symmetric: torch.Tensor, rank: int) -> torch.Tensor:
+    """Eigenvectors (n, r) of the r largest (not largest absolute) eigenvalues of `symmetric` (n, n), downwards."""
+    check_rank(symmetric, rank)
+    vectors = torch.linalg.eigh(require_finite(symmetric, "the second moment").double()).eigenvectors
+    vectors = vectors[:, -rank:].flip(1)  # eigh sorts upwards
+    return align_signs(vectors, vectors)[1]
+
+
+def top_singular(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The top singular triplets U (m, r), S (r,) downwards and V (n, r): matrix ~= U diag(S) V^T.
+
+    Exact where that is quick; else the best that a block Krylov space holds (Musco and Musco, arXiv 1504.05477).
+    """
+    check_rank(matrix, rank)
+    matrix = matrix.double()
+    width = (rank + OVERSAMPLING) * (KRYLOV_STEPS + 1)
+    if min(matrix.shape) <= max(EXACT_UP_TO, width):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        basis = _krylov_basis(matrix, rank + OVERSAMPLING)
+        u, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        u = basis @ u
+    u, v = align_signs(u[:, :rank], vt[:rank].T)
+    return u, s[:rank], v
+
+
+def _krylov_basis(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """Orthonormal columns spanning M G, (M M^T) M G, ..., each block made orthonormal before it grows; G is Gaussian.
+
+    The blocks are float32, for speed: they only point at a subspace, and what is read off it is float64 again.
+    """
+    generator = torch.Generator().manual_seed(0)  # our own, so the result depends on nothing but the matrix
+    start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix.device)
+    single = (matrix / matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)).float()  # a zero matrix stays zero
+    blocks = [torch.linalg.qr(single @ start).Q]
+    for _ in range(KRYLOV_STEPS):
+        blocks.append(torch.linalg.qr(single @ (single.T @ blocks[-1])).Q)
+    return torch.linalg.qr(torch.cat(blocks, dim=1).double()).Q

@@ -1,0 +1,221 @@
+"""Adapters: the only module that touches peft. Attach a start to the untouched base, take it off, save, merge, compress.
+
+With a start s B0 A0 the layer must at first compute what it always did, so the adapter has rank 2r: `[B | -B0] [A ; A0]`, the
+second half frozen. The base's weights are never changed, not even in memory: disabling the adapter gives the original model,
+the trained adapter is at once the plain LoRA adapter to hand over, and a quantised base needs no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from .errors import UsageError
+from .init.low_rank import Factors
+from .sites import Site
+
+ADAPTER_NAME = "default"
+Start = Mapping[Site, Factors]
+
+
+class FrozenTail(nn.Module):
+    """A weight whose rank axis is [trainable head | frozen tail].
+
+    `tail` is (outer, rank, inner) and the weight a reshape of (outer, 2 rank, inner): outer is the number of experts for A
+    and the number of outputs for B; inner is the number of inputs for A and the number of experts for B.
+    """
+
+    def __init__(self, tail: Tensor, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("tail", tail)
+        self.shape = shape
+
+    def forward(self, head: Tensor) -> Tensor:
+        return torch.cat([head, self.tail], dim=1).view(self.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        outer, rank, inner = self.tail.shape
+        return weight.view(outer, 2 * rank, inner)[:, :rank].contiguous()
+
+
+def attach(model: PreTrainedModel, start: Start, rank: int, alpha: float, *, compensate: bool) -> PeftModel:
+    """Put an adapter on the sites of `start` (site -> Factors of the given rank, scaling alpha / rank).
+
+    `compensate`: add the frozen half that makes the start the identity. Without it the adapter adds s B A. Only the trainable
+    factors require a gradient; they are float32 whatever the base's dtype.
+    """
+    total = 2 * rank if compensate else rank
+    groups = _grouped(start)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=total,
+        lora_alpha=_plain(alpha * total / rank),
+        lora_dropout=0.0,
+        target_modules=_module_names(model, [m for m, p in groups if p is None]),
+        target_parameters=[f"{m}.{p}" for m, p in groups if p is not None] or None,
+        fan_in_fan_out=any(s.transposed and s.parameter is None for s in start),
+    )
+    wrapped = get_peft_model(model, config)
+    for (module, parameter), experts in groups.items():
+        lora_a, lora_b = _layers(wrapped, module, parameter)
+        a, b = _stacked(experts, wrapped.get_base_model(), module)
+        _place(lora_a, a.to(lora_a.weight.device), a if compensate else None)
+        _place(lora_b, b.to(lora_b.weight.device), -b if compensate else None)
+    return wrapped
+
+
+def _grouped(start: Start) -> dict[tuple[str, str | None], dict[int | None, Factors]]:
+    """(module, parameter) -> expert -> factors: peft keeps all experts of a parameter in one pair of layers."""
+    groups: dict[tuple[str, str | None], dict[int | None, Factors]] = {}
+    for site, factors in start.items():
+        groups.setdefault((site.module, site.parameter), {})[site.expert] = factors
+    return groups
+
+
+def _experts(model: PreTrainedModel, module: str) -> int:
+    """Number of experts in a mixture module, wrapped by peft or not."""
+    layer = model.get_submodule(module)
+    return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).num_experts
+
+
+def _plain(alpha: float) -> float | int:
+    """Servers expect a whole alpha as an integer."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _module_names(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """Last name components when they say the same thing as the full names (what other tools show), else full names."""
+    ends = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    matched = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ends}
+    return ends if matched == set(modules) else modules
+
+
+def _layers(wrapped: PeftModel, module: str, parameter: str | None) -> tuple[nn.Linear, nn.Linear]:
+    """peft's lora_A and lora_B of a site; wrappers for several parameters of one module are nested."""
+    layer = wrapped.get_base_model().get_submodule(module)
+    while parameter is not None and layer.parameter_name != parameter:
+        layer = layer.base_layer
+    return layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+
+
+def _stacked(experts: Mapping[int | None, Factors], model: PreTrainedModel, module: str) -> tuple[Tensor, Tensor]:
+    """(A, B) as (experts or 1, rank, in) and (out, rank, experts or 1). Experts that are not adapted get zeros.
+
+    Zeros stay zeros: with A = B = 0 neither factor has a gradient.
+    """
+    if None in experts:
+        factors = experts[None]
+        return factors.A.float()[None], factors.B.float()[..., None]
+    sample = next(iter(experts.values()))
+    zero = Factors(torch.zeros_like(sample.B), torch.zeros_like(sample.A))
+    ordered = [experts.get(e, zero) for e in range(_experts(model, module))]
+    return torch.stack([f.A for f in ordered]).float(), torch.stack([f.B for f in ordered], dim=-1).float()
+
+
+@torch.no_grad()
+def _place(layer: nn.Linear, head: Tensor, tail: Tensor | None) -> None:
+    full = head if tail is None else torch.cat([head, tail.to(head.device)], dim=1)
+    layer.weight.copy_(full.reshape(layer.weight.shape))
+    if tail is not None:
+        parametrize.register_parametrization(layer, "weight", FrozenTail(tail.to(layer.weight), layer.weight.shape))
+
+
+def _adapter_layers(wrapped: PeftModel) -> Iterator[nn.Linear]:
+    for module in wrapped.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
+            yield module.lora_A[ADAPTER_NAME]
+            yield module.lora_B[ADAPTER_NAME]
+
+
+def bake(wrapped: PeftModel) -> PeftModel:
+    """Turn [head | tail] into ordinary weights of rank 2r: from here on it is any PEFT adapter. Training is over."""
+    for layer in _adapter_layers(wrapped):
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            layer.weight.requires_grad_(False)
+    return wrapped
+
+
+def _trainable(layer: nn.Linear) -> Tensor:
+    """The parameter that training changes: the head of a compensated weight, or the weight itself."""
+    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
+
+
+def _of_site(wrapped: PeftModel, site: Site, take: Callable[[nn.Linear], Tensor]) -> Factors:
+    """One site's factors, cut out of what `take` finds in peft's layers."""
+    lora_a, lora_b = _layers(wrapped, site.module, site.parameter)
+    count = 1 if site.expert is None else _experts(wrapped.get_base_model(), site.module)
+    a = take(lora_a).view(count, -1, site.shape[1])
+    b = take(lora_b).view(site.shape[0], -1, count)
+    expert = site.expert or 0
+    return Factors(b[:, :, expert], a[expert])
+
+
+def trained_factors(wrapped: PeftModel, sites: Iterable[Site]) -> dict[Site, Factors]:
+    """Copies of the factors that were trained, without the frozen half."""
+    found = {site: _of_site(wrapped, site, _trainable) for site in sites}
+    return {site: Factors(f.B.detach().clone(), f.A.detach().clone()) for site, f in found.items()}
+
+
+def trainable_b(wrapped: PeftModel, site: Site) -> Tensor:
+    """The trainable B (out, r) of a site, part of the autograd graph."""
+    return _of_site(wrapped, site, _trainable).B
+
+
+@torch.no_grad()
+def set_trained(wrapped: PeftModel, trained: Start) -> None:
+    """Load trained factors into an adapter that `attach` made from the same start."""
+    for (module, parameter), experts in _grouped(trained).items():
+        values = _stacked(experts, wrapped.get_base_model(), module)
+        for layer, value in zip(_layers(wrapped, module, parameter), values, strict=True):
+            target = _trainable(layer)
+            target.copy_(value.reshape(target.shape))
+
+
+def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
+    """The best approximation of B A of a smaller rank, balanced, and the share of its energy that is kept.
+
+    By QR of both factors and an SVD of the small core, so no (out, in) matrix is formed (LoRA-Squeeze).
+    """
+    q_b, r_b = torch.linalg.qr(factors.B.double())
+    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    energy = s.square().sum()
+    kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
+    return Factors((q_b @ u[:, :rank] * root).float(), ((q_a @ vh[:rank].T) * root).T.contiguous().float()), kept
+
+
+def compressed(wrapped: PeftModel, sites: Iterable[Site], rank: int) -> tuple[PeftModel, float]:
+    """A baked adapter replaced by its best approximation of a smaller rank, and the least energy share kept at any site."""
+    config = wrapped.peft_config[ADAPTER_NAME]
+    if rank > config.r:
+        raise UsageError(f"--export-rank must be in [1, {config.r}] (the adapter's exact rank), got {rank}.")
+    pairs = {site: compress(_of_site(wrapped, site, lambda layer: layer.weight.detach()), rank) for site in sites}
+    scaling = config.lora_alpha / config.r
+    base = wrapped.unload()
+    smaller = attach(base, {site: f for site, (f, _) in pairs.items()}, rank, scaling * rank, compensate=False)
+    return bake(smaller), min(kept for _, kept in pairs.values())
+
+
+def save_adapter(wrapped: PeftModel, folder: Path, base: str, revision: str | None) -> None:
+    """A plain PEFT adapter of a baked model, safetensors, that names its base."""
+    config = wrapped.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path, config.revision = base, revision
+    wrapped.save_pretrained(folder, safe_serialization=True)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """An adapter as any user would load it: nothing of ours is involved."""
+    return PeftModel.from_pretrained(model, folder)
+
+
+def merge(wrapped: PeftModel) -> PreTrainedModel:
+    """The base with the adapter folded into its weights (in memory; the base's files stay as they are)."""
+    return wrapped.merge_and_unload()

@@ -1,0 +1,65 @@
+"""What a person sees while a run works: a bar per stage with its rate and the time left, then a line that stays."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class RateColumn(ProgressColumn):
+    """Rows or steps per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+class Reporter:
+    """Times stages and shows them on standard error; standard output is left to results. `quiet` shows nothing."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
+        """Time a stage; within it, call the yielded function with the number of units done. Same name: times add up."""
+        began = time.perf_counter()
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            RateColumn(),
+            TimeRemainingColumn(),
+        )
+        live = self.console.is_terminal and not self.console.quiet
+        bar = Progress(*columns, console=self.console, transient=True, disable=not live)
+        with bar if live else nullcontext():
+            task = bar.add_task(name, total=total, unit=unit)
+            yield lambda done: bar.advance(task, done)
+        took = time.perf_counter() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        amount = f"{total} {unit} in {took:.1f} s ({total / took:.0f} {unit}/s)" if total else f"{took:.1f} s"
+        self.console.print(f"{name:<12} {amount}")
+
+    def note(self, text: str) -> None:
+        """One line that stays. Markup in it is not interpreted."""
+        self.console.print(text, markup=False)
+
+
+def peak_memory() -> dict[str, int]:
+    """Largest resident memory of this process so far, and of the GPU's allocator if there is one, in bytes."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak

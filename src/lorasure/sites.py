@@ -1,0 +1,234 @@
+"""Sites: the linear maps an adapter can sit on, their weights, and a tap that sees what flows through them.
+
+A site is one matrix W of shape (out, in): a linear layer, GPT-2's Conv1D (stored transposed), a fused qkv projection, or one
+expert of a mixture that keeps all experts in a single 3-D parameter.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UsageError
+
+Forward = Callable[["Site", Tensor, Tensor], Tensor | None]
+Backward = Callable[["Site", Tensor, Tensor], None]
+
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+TAPPED_EXPERTS = "lorasure_tapped"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix of the model. `parameter` and `expert` are set when it is a slice of a 3-D expert parameter."""
+
+    module: str
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool = False  # stored as (in, out)
+    parameter: str | None = None
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.module if self.parameter is None else f"{self.module}.{self.parameter}[{self.expert}]"
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def all_sites(model: PreTrainedModel) -> list[Site]:
+    """Every linear map of the model except the projection to the vocabulary, in the model's order.
+
+    Maps to a single number (the gates of shared experts) are left out: there is nothing of lower rank to put there.
+    """
+    head = model.get_output_embeddings()
+    sites = []
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            sites.append(Site(name, (module.nf, module.nx), transposed=True))
+        elif isinstance(module, nn.Linear) and module is not head:
+            sites.append(Site(name, (module.out_features, module.in_features)))
+        elif _holds_experts(module):
+            sites += _expert_sites(name, module)
+    return [site for site in sites if min(site.shape) > 1]
+
+
+def find_sites(model: PreTrainedModel, targets: Sequence[str] = ("all",), exclude: Sequence[str] = ()) -> list[Site]:
+    """The sites whose name matches a pattern of `targets` and none of `exclude`.
+
+    A pattern is a shell-style glob compared with the whole name or with its end: `q_proj`, `layers.3.*`, `*.mlp.*`; `all`
+    stands for every site. A pattern that matches nothing is an error, because a misspelt target would silently be left out.
+    """
+    sites = all_sites(model)
+    for pattern in (*targets, *exclude):
+        if pattern != "all" and not any(_matches(site, pattern) for site in sites):
+            ends = sorted({site.module.rsplit(".", 1)[-1] for site in sites})
+            raise UsageError(
+                f"No linear layer matches '{pattern}' in --targets/--exclude. Layers end in: {', '.join(ends)}."
+            )
+    found = [
+        site
+        for site in sites
+        if any(p == "all" or _matches(site, p) for p in targets) and not any(_matches(site, p) for p in exclude)
+    ]
+    if not found:
+        raise UsageError("--targets and --exclude leave no layer to adapt.")
+    return found
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    names = (site.module, site.name, f"{site.module}.{site.parameter}")
+    return any(fnmatch.fnmatchcase(n, p) for n in names for p in (pattern, f"*.{pattern}"))
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "num_experts")
+
+
+def _expert_sites(name: str, module: nn.Module) -> list[Site]:
+    sites = []
+    for parameter in EXPERT_PARAMETERS:
+        weight = getattr(module, parameter, None)
+        if weight is None:
+            continue
+        shape = (weight.shape[2], weight.shape[1]) if module.is_transposed else (weight.shape[1], weight.shape[2])
+        sites += [Site(name, shape, bool(module.is_transposed), parameter, e) for e in range(weight.shape[0])]
+    return sites
+
+
+@torch.no_grad()
+def weight(model: PreTrainedModel, site: Site) -> Tensor:
+    """W (out, in) as float32; a quantised base is dequantised."""
+    module = model.get_submodule(site.module)
+    if site.parameter is None:
+        stored = dequantize_module_weight(module)
+    else:
+        stored = getattr(module, site.parameter)[site.expert]
+    return (stored.T if site.transposed else stored).detach().float()
+
+
+@contextmanager
+def tap(
+    model: PreTrainedModel, sites: Sequence[Site], *, forward: Forward | None = None, backward: Backward | None = None
+) -> Iterator[None]:
+    """Within the context, call back for every site at every pass of the model; the model itself is not changed.
+
+    `forward(site, x, y)` sees inputs x (examples, tokens, in) and outputs y (examples, tokens, out) and may return what is to
+    be added to y. `backward(site, x, d)` sees the inputs and the loss gradient d with respect to the outputs. For an expert,
+    tokens that were routed elsewhere are zero in x, y and d. With `backward`, the graph starts at the lowest site: nothing
+    below it is recorded, and no weight needs a gradient.
+    """
+    chosen: dict[str, list[Site]] = {}
+    for site in sites:
+        chosen.setdefault(site.module, []).append(site)
+    rows = [0]  # examples in the current forward pass
+    with ExitStack() as stack:
+
+        def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            rows[0] = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[0]
+
+        stack.callback(model.register_forward_pre_hook(remember, with_kwargs=True).remove)
+        experts = [name for name, group in chosen.items() if group[0].parameter is not None]
+        if experts:
+            stack.enter_context(_tapped_experts(model, {n: chosen[n] for n in experts}, rows, forward, backward))
+        for name, group in chosen.items():
+            if name not in experts:
+                hook = _linear_hook(group[0], rows, forward, backward)
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a site's own token layout becomes (examples, tokens, features), and back."""
+
+    spread: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor]
+
+
+def _listen(
+    site: Site, x: Tensor, y: Tensor, layout: _Layout, forward: Forward | None, backward: Backward | None
+) -> Tensor:
+    """Call `forward` now, arrange for `backward` to be called with y's gradient, and return the outputs to go on with."""
+    x = x.detach()
+    extra = forward(site, layout.spread(x), layout.spread(y.detach())) if forward else None
+    if extra is not None:
+        y = y + layout.gather(extra).to(y.dtype)
+    if backward is not None:
+        if not y.requires_grad:  # the lowest sites: the graph starts here. A sum, not a leaf: in-place use stays legal.
+            y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+        y.register_hook(lambda d: backward(site, layout.spread(x), layout.spread(d)))
+    return y
+
+
+def _linear_hook(site: Site, rows: list[int], forward: Forward | None, backward: Backward | None) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        examples = rows[0]
+        if output.numel() // output.shape[-1] % examples or output.dim() < 2:
+            raise UsageError(
+                f"Layer '{site.name}' does not see whole examples (outputs of shape {tuple(output.shape)} for {examples} "
+                "examples), so it cannot be measured; leave it out with --exclude."
+            )
+        layout = _Layout(lambda t: t.reshape(examples, -1, t.shape[-1]), lambda t: t.reshape(output.shape))
+        return _listen(site, args[0], output, layout, forward, backward)
+
+    return hook
+
+
+@contextmanager
+def _tapped_experts(
+    model: PreTrainedModel,
+    chosen: dict[str, list[Site]],
+    rows: list[int],
+    forward: Forward | None,
+    backward: Backward | None,
+) -> Iterator[None]:
+    """Run the mixture layers through our own experts function, one matrix product per expert, with the tap in between."""
+    table = {id(model.get_submodule(n)): {(s.parameter, s.expert): s for s in group} for n, group in chosen.items()}
+
+    def linear(module: nn.Module, parameter: str, expert: int, x: Tensor, tokens: Tensor, total: int) -> Tensor:
+        matrix = getattr(module, parameter)[expert]
+        bias = getattr(module, f"{parameter}_bias")[expert] if module.has_bias else None
+        y = nn.functional.linear(x, matrix.T if module.is_transposed else matrix, bias)
+        site = table.get(id(module), {}).get((parameter, expert))
+        if site is None:
+            return y
+        examples = rows[0]
+        layout = _Layout(
+            lambda t: t.new_zeros(total, t.shape[-1]).index_copy(0, tokens, t).view(examples, -1, t.shape[-1]),
+            lambda t: t.reshape(total, -1)[tokens],
+        )
+        return _listen(site, x, y, layout, forward, backward)
+
+    def experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden)
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        for expert in range(module.num_experts):
+            tokens, slot = torch.where(top_k_index == expert)
+            if len(tokens) == 0:
+                continue
+            inner = linear(module, first, expert, hidden[tokens], tokens, len(hidden))
+            inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+            outer = linear(module, "down_proj", expert, inner, tokens, len(hidden))
+            if module.has_post_expert_norm:
+                outer = module.post_expert_norm(outer)
+            result = result.index_add(0, tokens, (outer * top_k_weights[tokens, slot, None]).to(result.dtype))
+        return result
+
+    before = model.get_experts_implementation()
+    ALL_EXPERTS_FUNCTIONS.register(TAPPED_EXPERTS, experts)
+    model.set_experts_implementation(TAPPED_EXPERTS)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

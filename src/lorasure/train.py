@@ -1,0 +1,241 @@
+"""The loop: forget and retain rows in one forward pass, averages by global counts, one optimizer. Losses are functions."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from .config import OptimizerSettings
+from .data.examples import Example, collate, micro_batches
+from .data.pairing import pairs
+from .errors import NumericError, ResourceError
+from .forward import answer_hidden, answer_logits, answer_records, base_of
+from .losses.forget import LossFunction, needs
+
+SCHEDULES = ("linear", "cosine", "constant")
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What must stay together in one forward pass: the sequences of one row in one term (`forget`, `retain`, `learn`)."""
+
+    term: str
+    index: int
+    sequences: tuple[Example, ...]
+
+    @property
+    def cost(self) -> int:
+        """Padded tokens."""
+        return len(self.sequences) * max(map(len, self.sequences))
+
+
+Objective = Callable[[Any, Sequence[Unit]], Sums]
+
+
+@dataclass
+class ForgetObjective:
+    """Forget and retain loss of a micro-batch, each summed over its examples.
+
+    `reference` and `refusal_reference` (forget rows,) are summed NLLs and `retain_hidden` final hidden states per retain
+    row, all of the original model: computed once, because they never change. `retain_function` None: no retain rows.
+    """
+
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    refusals: Sequence[Example]
+    forget_function: LossFunction
+    retain_function: LossFunction | None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    retain_hidden: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inputs = needs(self.forget_function)
+        self.uses_original_logits = self.retain_function is not None and "original_logits" in needs(
+            self.retain_function
+        )
+
+    def observe_original(self, model: Any, used_retain: Iterable[int], token_budget: int) -> None:
+        """Take from the original model whatever the losses need of it. Call before the adapter is attached."""
+        for name, examples in (("reference", self.forget), ("refusal_reference", self.refusals)):
+            if name in self.inputs:
+                records = answer_records(model, examples, token_budget)
+                self.constants[name] = torch.tensor([r.nll for r in records])
+        if self.uses_original_logits:
+            rows = sorted(set(used_retain))
+            for group in micro_batches([len(self.retain[i]) for i in rows], token_budget):
+                chosen = [self.retain[rows[g]] for g in group]
+                hidden = answer_hidden(model, collate(chosen).to(base_of(model).device)).cpu()
+                parts = hidden.split([e.answer_length for e in chosen])
+                self.retain_hidden |= {rows[g]: part.clone() for g, part in zip(group, parts, strict=True)}
+
+    def unit(self, term: str, index: int) -> Unit:
+        if term == "retain":
+            return Unit(term, index, (self.retain[index],))
+        sources = {"answers": self.forget, "refusals": self.refusals}
+        return Unit(term, index, tuple(sources[name][index] for name in self.inputs if name in sources))
+
+    def step(self, chosen: Iterable[tuple[int, int]]) -> list[Unit]:
+        """The units of one step from its (forget row, retain row) pairs."""
+        chosen = list(chosen)
+        units = [self.unit("forget", f) for f, _ in chosen]
+        return units + [self.unit("retain", r) for _, r in chosen if self.retain_function is not None]
+
+    def __call__(self, model: Any, units: Sequence[Unit]) -> Sums:
+        forget = [u for u in units if u.term == "forget"]
+        retain = [u for u in units if u.term == "retain"]
+        columns = len(forget[0].sequences) if forget else 0
+        examples = [u.sequences[c] for c in range(columns) for u in forget] + [u.sequences[0] for u in retain]
+        device = base_of(model).device
+        hidden = None
+        if retain and self.uses_original_logits:
+            hidden = torch.cat([self.retain_hidden[u.index] for u in retain]).to(device)
+        answers, original = answer_logits(model, collate(examples).to(device), hidden)
+        *blocks, kept = answers.split([len(forget)] * columns + [len(retain)])
+        sums: Sums = {}
+        if forget:
+            index = torch.tensor([u.index for u in forget])
+            given = {name: values[index].to(device) for name, values in self.constants.items()}
+            sequences = iter(blocks)
+            given |= {name: next(sequences) for name in self.inputs if name in ("answers", "refusals")}
+            sums["forget"] = self.forget_function(**given).sum()
+        if retain and self.retain_function is not None:
+            extra = {"original_logits": original} if self.uses_original_logits else {}
+            sums["retain"] = self.retain_function(kept, **extra).sum()
+        return sums
+
+
+def forget_steps(
+    objective: ForgetObjective, *, epochs: int, batch_size: int, pairing: str, seed: int
+) -> Iterator[list[Unit]]:
+    """The units of every step of the run, in an order that depends on the seed alone."""
+    groups = [[e.group for e in examples] for examples in (objective.forget, objective.retain)]
+    for epoch in range(epochs):
+        order = pairs(*groups, epoch=epoch, seed=seed, mode=pairing)
+        for start in range(0, len(order), batch_size):
+            yield objective.step(order[start : start + batch_size])
+
+
+def learn(model: Any, units: Sequence[Unit]) -> Sums:
+    """The objective of fine-tuning: NLL per answer token, summed over examples."""
+    batch = collate([u.sequences[0] for u in units]).to(base_of(model).device)
+    return {"learn": answer_logits(model, batch)[0].nll_mean.sum()}
+
+
+def learn_steps(examples: Sequence[Example], *, epochs: int, batch_size: int, seed: int) -> Iterator[list[Unit]]:
+    """Every example once per epoch, in a seeded order."""
+    groups = [None] * len(examples)
+    for epoch in range(epochs):
+        order = [i for i, _ in pairs(groups, groups, epoch=epoch, seed=seed, mode="random")]
+        for start in range(0, len(order), batch_size):
+            yield [Unit("learn", i, (examples[i],)) for i in order[start : start + batch_size]]
+
+
+def fit(
+    model: nn.Module,
+    steps: Sequence[list[Unit]],
+    objective: Objective,
+    settings: OptimizerSettings,
+    *,
+    token_budget: int,
+    term_weights: Mapping[str, float] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Train whatever parameters of `model` require a gradient, in place.
+
+    The loss of a step is the sum over terms of weight x (sum over its examples / number of its examples in the *whole*
+    step), so cutting a step into other micro-batches changes nothing but the order of summation. `penalty` is added
+    once per step. `on_step` gets one record per step. Raises NumericError at the first non-finite value, before the
+    optimizer uses it.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(parameters.values())).device
+    accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * len(steps)), len(steps))
+    _prepare(model, settings.gradient_checkpointing)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    weights = term_weights or {}
+    for number, step in enumerate(steps, start=1):
+        began = time.perf_counter()
+        counts = Counter(unit.term for unit in step)
+        means: dict[str, Tensor] = {}
+        for group in micro_batches([unit.cost for unit in step], token_budget):
+            try:
+                sums = objective(wrapped, [step[i] for i in group])
+                terms = {name: value / counts[name] for name, value in sums.items()}
+                accelerator.backward(sum(weights.get(name, 1.0) * value for name, value in terms.items()))
+            except torch.OutOfMemoryError as error:
+                raise ResourceError(_out_of_memory(number, token_budget)) from error
+            for name, value in terms.items():
+                means[name] = means.get(name, 0) + value.detach()
+        if penalty:
+            means["penalty"] = penalty()
+            accelerator.backward(means["penalty"])
+        norm = accelerator.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+        losses = {name: value.item() for name, value in means.items()}
+        _check_finite(number, losses, float(norm), parameters)
+        rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if on_step:
+            seconds = time.perf_counter() - began
+            tokens = sum(len(e) for unit in step for e in unit.sequences)
+            on_step(
+                {"step": number, "lr": rate, **losses, "grad_norm": float(norm), "tokens": tokens, "seconds": seconds}
+            )
+    model.eval()
+
+
+def _prepare(model: nn.Module, gradient_checkpointing: bool) -> None:
+    """Evaluation mode throughout: dropout in the base would make the start differ from the original model.
+
+    Checkpointing works in training mode only, so there dropout is switched off instead.
+    """
+    model.eval()
+    if not gradient_checkpointing:
+        return
+    base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def _check_finite(step: int, losses: Mapping[str, float], norm: float, parameters: Mapping[str, Tensor]) -> None:
+    for name, value in losses.items():
+        if not torch.isfinite(torch.tensor(value)):
+            raise NumericError(
+                f"train: the {name} loss is {value} at step {step}. Nothing was written; try a lower --lr."
+            )
+    if torch.isfinite(torch.tensor(norm)):
+        return
+    bad = next((n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()), "all")
+    raise NumericError(f"train: the gradient of {bad} is not finite at step {step}. Nothing was written.")
+
+
+def _out_of_memory(step: int, token_budget: int) -> str:
+    return (
+        f"train: out of memory at step {step} with --tokens-per-batch {token_budget}. Halve it (the result stays the same), "
+        "or add --gradient-checkpointing true."
+    )
+
+
+def retain_penalty(parameters: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """ReGLU's regulariser .5 sum over sites ||B^T P||_F^2, from site -> (trainable B (out, r), retain directions P (out, k)).
+
+    It keeps what the adapter writes out of the directions that retain outputs use. Paper: arXiv 2604.17396.
+    """
+    return 0.5 * torch.stack([(b.T @ p).square().sum() for b, p in parameters.values()]).sum()

@@ -1,0 +1,178 @@
+"""What all stages of one command share: the checked settings, the data, and the base model, loaded once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import ForgetSettings
+from .data.encode import TEMPLATES, refusal_rows
+from .data.examples import Example
+from .data.load import DataSet, encode_rows, load_data, rows_hash
+from .data.pairing import PAIRINGS, sample
+from .data.readers import check_disjoint
+from .errors import UsageError
+from .importance.collect import Probe
+from .importance.scores import SCORES, SPACES, check_pair
+from .init.apply import INITS, Init, Request, check_rank
+from .init.low_rank import SOLVERS, SPLITS
+from .losses.forget import FORGET_LOSSES, LossFunction, bind
+from .losses.retain import RETAIN_LOSSES
+from .models import check_model_folder, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype
+from .progress import Reporter
+from .registry import lookup
+from .sites import Site, find_sites
+from .train import SCHEDULES, ForgetObjective
+
+
+class Workbench:
+    """Settings checked, data read and model loaded, each when first needed. Raises before anything is written."""
+
+    def __init__(self, settings: ForgetSettings, reporter: Reporter | None = None) -> None:
+        self.settings = settings
+        self.reporter = reporter or Reporter(quiet=True)
+        check_names(settings)
+        check_model_folder(settings.model)
+        self.device = pick_device(settings.device)
+        self.dtype = pick_dtype(settings.dtype, self.device)
+
+    @property
+    def init(self) -> Init:
+        return INITS[self.settings.init]
+
+    @property
+    def score(self) -> str | None:
+        return self.settings.score or self.init.score
+
+    @property
+    def probe(self) -> Probe:
+        s = self.settings
+        space = s.space or self.init.space or "lora"
+        return Probe(space, s.probe_rank or s.rank, s.sigma, s.alpha / s.rank, s.seed)
+
+    @property
+    def measures_importance(self) -> bool:
+        """Importance is needed for the start itself or to rank layers."""
+        return self.init.evidence == "importance" or self.settings.coverage < 1
+
+    @property
+    def request(self) -> Request:
+        s = self.settings
+        return Request(s.rank, s.alpha / s.rank, s.solver, s.balance, s.compat is not None, s.seed)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.settings.model, self.settings.revision)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        with self.reporter.stage("load model"):
+            return self.fresh_model()
+
+    def fresh_model(self) -> PreTrainedModel:
+        """The base, read anew from its files."""
+        s = self.settings
+        return load_model(s.model, dtype=self.dtype, device=self.device, revision=s.revision)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        found = find_sites(self.model, _patterns(self.settings.targets), _patterns(self.settings.exclude))
+        check_rank(found, self.settings.rank)
+        return found
+
+    @cached_property
+    def data(self) -> tuple[DataSet, DataSet]:
+        """(forget, retain), checked to have no row in common."""
+        with self.reporter.stage("read data"):
+            s = self.settings
+            forget, retain = (load_data(source, s, self.tokenizer) for source in (s.forget, s.retain))
+            check_disjoint(forget.read.rows, retain.read.rows)
+        for name, part in (("forget", forget), ("retain", retain)):
+            for line in part.notes(name):
+                self.reporter.note(line)
+        return forget, retain
+
+    @property
+    def measured_retain(self) -> list[Example]:
+        """The retain examples that importance and activations are measured on, seeded."""
+        forget, retain = (part.examples for part in self.data)
+        count = min(len(retain), self.settings.retain_rows or len(forget))
+        return [retain[i] for i in sample(len(retain), count, self.settings.seed)]
+
+    @property
+    def scored_retain(self) -> list[Example]:
+        """The retain examples whose probability is reported before and after, seeded: as many as forget rows, 100 at least."""
+        forget, retain = (part.examples for part in self.data)
+        return [retain[i] for i in sample(len(retain), min(len(retain), max(100, len(forget))), self.settings.seed + 1)]
+
+    def about(self) -> dict[str, Any]:
+        """Fingerprints of model and data: what importance depends on."""
+        forget, retain = self.data
+        s = self.settings
+        return {
+            "model": {k: v for k, v in self.fingerprint.items() if k != "source"},
+            "forget": rows_hash(forget.read.rows),
+            "retain": rows_hash(retain.read.rows),
+            "retain rows": len(self.measured_retain),
+            "template": forget.encoded.template,
+            "max length": s.max_length,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.model, self.settings.model)
+
+    def objective(self) -> ForgetObjective:
+        """The forget and retain loss over the data, refusals included where the loss wants them."""
+        s = self.settings
+        forget, retain = self.data
+        function, retain_function = loss_functions(s)
+        objective = ForgetObjective(forget.examples, retain.examples, (), function, retain_function)
+        if "refusals" in objective.inputs:
+            refusals = encode_rows(refusal_rows(forget.read.rows, seed=s.seed), s, self.tokenizer)
+            objective = replace(objective, refusals=refusals.examples)
+        return objective
+
+
+def _patterns(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def loss_functions(settings: ForgetSettings) -> tuple[LossFunction, LossFunction | None]:
+    """The forget loss with its settings bound, and the retain loss (None for none)."""
+    row = lookup(FORGET_LOSSES, settings.loss, "forget loss")
+    retain = lookup(RETAIN_LOSSES, settings.retain_loss or row.retain, "retain loss")
+    return bind(settings.loss, row.function, {"beta": settings.beta, "delta": settings.delta}), retain.function
+
+
+def check_names(settings: ForgetSettings) -> None:
+    """Every name in the settings is one we know, and they go together. Raises UsageError."""
+    init = lookup(INITS, settings.init, "initialisation")
+    loss_functions(settings)
+    for table, name, what in (
+        (SCORES, settings.score, "--score"),
+        (SPACES, settings.space, "--space"),
+        (SPLITS, settings.split, "--split"),
+        (SOLVERS, settings.solver, "--solver"),
+        (PAIRINGS, settings.pairing, "--pairing"),
+        (dict.fromkeys(SCHEDULES), settings.schedule, "--schedule"),
+    ):
+        if name is not None:
+            lookup(table, name, what)
+    if "{question}" not in settings.template:
+        lookup(TEMPLATES, settings.template, "--template")
+    score, space = settings.score or init.score, settings.space or init.space
+    if score and space:
+        check_pair(score, space)
+    if settings.coverage < 1 and not (score and space):
+        raise UsageError(
+            f"--coverage below 1 ranks layers by importance, which --init {settings.init} does not measure; "
+            "add for example --score variance --space lora."
+        )
+    if settings.importance and not Path(settings.importance).is_dir():
+        raise UsageError(f"--importance {settings.importance}: there is no such run folder.")
