@@ -79,8 +79,10 @@ class ModelSettings(Settings):
     )
     max_length: int = option(512, "longest example in tokens; longer ones are cut and counted", low=2)
     stride: int | None = option(None, "new tokens per window of plain text (default: half of --max-length)", low=1)
-    tokens_per_batch: int = option(
-        2048, "padded tokens in one forward pass; changes memory and speed, not the result", low=1
+    tokens_per_batch: int | None = option(
+        None,
+        "padded tokens in one forward pass; memory and speed, not the result (default: 1024 on a CPU, 8192 elsewhere)",
+        low=1,
     )
     prompt_key: str | None = option(None, "column with the question or prompt (default: recognised by its name)")
     answer_key: str | None = option(None, "column with the answer or completion (default: recognised by its name)")

@@ -9,7 +9,7 @@ from . import artifacts, lora
 from .config import FinetuneSettings
 from .data.load import load_data
 from .init.apply import INITS, Request, check_rank, initialise
-from .models import load_model, load_tokenizer, pick_device, pick_dtype
+from .models import load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .progress import Reporter
 from .registry import lookup
 from .sites import find_sites
@@ -42,7 +42,7 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
         model.requires_grad_(True)
     steps = list(learn_steps(data.examples, epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed))
     with reporter.stage("train", len(steps), "steps") as progress:
-        fit(model, steps, learn, settings, token_budget=settings.tokens_per_batch, on_step=lambda _: progress(1))
+        fit(model, steps, learn, settings, token_budget=pick_token_budget(settings.tokens_per_batch, device), on_step=lambda _: progress(1))
     with artifacts.new_folder(out, settings.overwrite) as folder:
         saved = lora.merge(model) if settings.rank else model
         saved.save_pretrained(folder)

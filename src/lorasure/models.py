@@ -39,6 +39,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return lookup(DTYPES, name, "--dtype")
 
 
+def pick_token_budget(tokens: int | None, device: torch.device) -> int:
+    """Padded tokens per pass. Measured on two CPU cores: 1024 is fastest, more no longer fits the caches."""
+    return tokens or (1024 if device.type == "cpu" else 8192)
+
+
 def check_model_folder(model: str) -> None:
     """A local folder must hold a configuration and weights; anything else is taken for a hub id."""
     folder = Path(model)

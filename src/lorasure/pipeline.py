@@ -76,7 +76,7 @@ def measure_importance(bench: Workbench, run: Path) -> Importance | None:
                 retain,
                 score=score,
                 probe=bench.probe,
-                token_budget=s.tokens_per_batch,
+                token_budget=bench.token_budget,
                 paper_code=s.compat is not None,
                 about=bench.about(),
                 progress=progress,
@@ -113,7 +113,7 @@ def _activations(bench: Workbench, sites: Sequence[Site]) -> dict[str, Evidence]
                 sites,
                 examples,
                 of_inputs=of_inputs,
-                token_budget=bench.settings.tokens_per_batch,
+                token_budget=bench.token_budget,
                 progress=progress,
             )
             for examples in sets
@@ -128,7 +128,7 @@ def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
     objective = bench.objective()
     steps = list(forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
     used = (unit.index for step in steps for unit in step if unit.term == "retain")
-    objective.observe_original(bench.model, used, s.tokens_per_batch)
+    objective.observe_original(bench.model, used, bench.token_budget)
     compensate = any(f.B.any() for f in start.factors.values())
     wrapped = lora.attach(bench.model, start.factors, s.rank, s.alpha, compensate=compensate)
     lines: list[str] = []
@@ -143,7 +143,7 @@ def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
             steps,
             objective,
             s,
-            token_budget=s.tokens_per_batch,
+            token_budget=bench.token_budget,
             term_weights={"retain": s.lambda_},
             penalty=_penalty(wrapped, start),
             on_step=on_step,
@@ -228,7 +228,7 @@ def score_sets(bench: Workbench, model: Any) -> dict[str, Any]:
     sets: dict[str, Sequence[Example]] = {"forget": bench.data[0].examples, "retain": bench.scored_retain}
     with bench.reporter.stage("evaluate", sum(map(len, sets.values()))) as progress:
         found = {
-            name: _probability(answer_records(model, examples, bench.settings.tokens_per_batch, progress))
+            name: _probability(answer_records(model, examples, bench.token_budget, progress))
             for name, examples in sets.items()
         }
     return {name: score.to_json() for name, score in found.items()}

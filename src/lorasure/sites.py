@@ -179,7 +179,8 @@ def _linear_hook(site: Site, rows: list[int], forward: Forward | None, backward:
                 f"Layer '{site.name}' does not see whole examples (outputs of shape {tuple(output.shape)} for {examples} "
                 "examples), so it cannot be measured; leave it out with --exclude."
             )
-        layout = _Layout(lambda t: t.reshape(examples, -1, t.shape[-1]), lambda t: t.reshape(output.shape))
+        shape = output.shape  # not the tensor: a hook that holds its own output is a cycle that keeps the whole graph
+        layout = _Layout(lambda t: t.reshape(examples, -1, t.shape[-1]), lambda t: t.reshape(shape))
         return _listen(site, args[0], output, layout, forward, backward)
 
     return hook

@@ -22,7 +22,7 @@ from .init.apply import INITS, Init, Request, check_rank
 from .init.low_rank import SOLVERS, SPLITS
 from .losses.forget import FORGET_LOSSES, LossFunction, bind
 from .losses.retain import RETAIN_LOSSES
-from .models import check_model_folder, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype
+from .models import check_model_folder, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .progress import Reporter
 from .registry import lookup
 from .sites import Site, find_sites
@@ -39,6 +39,7 @@ class Workbench:
         check_model_folder(settings.model)
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(settings.dtype, self.device)
+        self.token_budget = pick_token_budget(settings.tokens_per_batch, self.device)
 
     @property
     def init(self) -> Init:

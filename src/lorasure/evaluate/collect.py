@@ -34,6 +34,8 @@ def choice_records(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     settings: ModelSettings,
+    *,
+    token_budget: int,
     progress: Progress | None = None,
 ) -> ChoiceRecords:
     """Records of rows that carry TOFU's columns `perturbed_answer` (a list) and, optionally, `paraphrased_answer`."""
@@ -48,7 +50,7 @@ def choice_records(
         variants += [replace(row, answer=answer) for answer in answers]
         sizes.append(len(answers))
     encoded = encode_rows(variants, settings, tokenizer)
-    found = iter(answer_records(model, encoded.examples, settings.tokens_per_batch, progress))
+    found = iter(answer_records(model, encoded.examples, token_budget, progress))
     groups = [[next(found) for _ in range(size)] for size in sizes]
     return ChoiceRecords(
         [group[0].mean_nll for group in groups],

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, NumericError, UsageError
+from ..registry import lookup
 
 Floats = Sequence[float] | np.ndarray
 TOFU = "https://arxiv.org/abs/2401.06121"
@@ -113,16 +114,27 @@ def normalised_probability(nll_true: Floats, nll_wrong: Sequence[Floats], *, see
     return mean_score(shares, seed=seed)
 
 
-def truth_ratio_values(nll_paraphrase: Floats, nll_wrong: Sequence[Floats]) -> np.ndarray:
-    """Per example R = exp(-mean_j L_wrong,j) / exp(-L_paraphrase), shape (n,): 1 if wrong and right are equally likely.
+def truth_ratio_values(
+    nll_paraphrase: Floats, nll_wrong: Sequence[Floats], *, mean: str = "geometric"
+) -> np.ndarray:
+    """Per example R = mean_j exp(-L_wrong,j) / exp(-L_paraphrase), shape (n,): 1 if wrong and right are equally likely.
 
-    This is the geometric mean of the wrong answers' probabilities, as in TOFU's tables; TOFU's in-training evaluation
-    takes the arithmetic mean, which gives other values. log R is held within the range where R and 1/R are finite.
+    `mean`: the geometric mean of the wrong answers' probabilities, as in TOFU's tables, or the arithmetic one, as in its
+    in-training evaluation, which gives other values. log R is held within the range where R and 1/R are finite.
     """
+    average = lookup(_LOG_MEANS, mean, "mean")
     right = _vector(nll_paraphrase, "nll_paraphrase")
     wrong = _lists(nll_wrong, "nll_wrong", len(right))
-    log_ratio = right - np.array([w.mean() for w in wrong])
+    log_ratio = right + np.array([average(-w) for w in wrong])
     return np.exp(np.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def _log_mean_exp(logs: np.ndarray) -> float:
+    top = logs.max()  # so that no probability underflows
+    return float(top + np.log(np.exp(logs - top).mean()))
+
+
+_LOG_MEANS: dict[str, Callable[[np.ndarray], float]] = {"geometric": np.mean, "arithmetic": _log_mean_exp}
 
 
 def truth_ratio(values: Floats, *, forget: bool, seed: int = 0) -> Score:
