@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "tofu_mini.jsonl"
 SETS = {"retain": ("retain_perturbed", 200), "real_authors": ("real_authors_perturbed", None)}
 SETS |= {"world_facts": ("world_facts_perturbed", None)}
 UTILITY_FLOOR = 0.95
+KNOWN = ("init", "loss", "lr", "seed")
+FIXED = {"epochs": 5, "batch-size": 16}
 
 
 def records(folder: str, shared: Path, adapter: Path | None = None) -> dict:
@@ -57,24 +60,30 @@ def scores(found: dict, reference: dict | None) -> dict:
 
 
 def run(options: dict, shared: Path, reference: dict) -> dict:
-    from lorasure.config import ForgetSettings
-    from lorasure.pipeline import forget
+    """One `lorasure forget`, a process of its own, with its wall time and peak memory, then its scores."""
+    from lorasure.artifacts import read_json
 
     tofu, target = shared / "data" / "tofu", shared / "models" / "tofu-mini-target"
     with tempfile.TemporaryDirectory() as folder:
-        keep = Path(folder) / "keep.jsonl"
+        keep, out = Path(folder) / "keep.jsonl", Path(folder) / "run"
         rows = (tofu / "full.json").read_text().splitlines()
         keep.write_text("\n".join(rows[:400] + rows[3600:3800]) + "\n")
-        settings = dict(model=str(target), forget=str(tofu / "forget05.json"), retain=str(keep), out=f"{folder}/run")
+        given = {"model": target, "forget": tofu / "forget05.json", "retain": keep, "out": out, **FIXED, **options}
+        flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
         began = time.perf_counter()
-        result = forget(ForgetSettings(**settings, batch_size=16, **options))
+        process = subprocess.Popen([sys.executable, "-m", "lorasure", "forget", *flags], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
+        if status:
+            raise SystemExit(f"lorasure forget ended with status {os.waitstatus_to_exitcode(status)}: {options}")
+        summary = read_json(out / "summary.json")
         return {
             "options": options,
-            "scores": scores(records(str(target), shared, result.adapter), reference),
-            "seconds": seconds,
-            "stages": result.summary["seconds"],
-            "versions": result.summary["versions"],
+            "scores": scores(records(str(target), shared, out / "adapter"), reference),
+            "command_seconds": round(seconds, 1),
+            "command_peak_bytes": usage.ru_maxrss * 1024,
+            "stage_seconds": summary["seconds"],
+            "versions": summary["versions"],
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         }
 
@@ -87,7 +96,7 @@ def line(row: dict, target_utility: float) -> str:
         f"  utility {s['utility']['value'] / target_utility:6.1%}"
         f"  forget probability {s['probability']['value']:.4f}"
         f"  extraction {s['extraction_strength']['value']:.3f}"
-        f"  {row['seconds']:.0f} s"
+        f"  {row['command_seconds']:.0f} s, {row['command_peak_bytes'] / 2**30:.2f} GiB"
     )
 
 
@@ -125,20 +134,42 @@ def main() -> int:
         common = {"init": init, "loss": a.loss, **a.extra}
         trials = [finished({**common, "lr": lr, "seed": a.seeds[0]}) for lr in a.rates]
         fit = [r for r in trials if r["scores"]["utility"]["value"] >= UTILITY_FLOOR * target]
-        if not fit:
-            print(f"{init}: no learning rate keeps {UTILITY_FLOOR:.0%} of the utility")
-            continue
-        best = max(fit, key=lambda r: r["scores"]["forget_quality"]["value"])
-        rows = [finished({**best["options"], "seed": seed}) for seed in a.seeds]
-        values = [r["scores"]["forget_quality"]["value"] for r in rows]
-        utilities = [r["scores"]["utility"]["value"] / target for r in rows]
-        print(
-            f"{init}: lr {best['options']['lr']:.0e}, log10 forget quality mean {sum(values) / len(values):.2f} "
-            f"[{min(values):.2f}, {max(values):.2f}], utility mean {sum(utilities) / len(utilities):.1%} "
-            f"[{min(utilities):.1%}, {max(utilities):.1%}]",
-            flush=True,
-        )
+        for seed in a.seeds if fit else []:
+            best = max(fit, key=lambda r: r["scores"]["forget_quality"]["value"])
+            finished({**best["options"], "seed": seed})
+    print(table(done, target))
     return 0
+
+
+def table(rows: list[dict], target: float) -> str:
+    """Markdown: for every method the learning rate that was run with most seeds, mean and range over them."""
+    groups: dict[str, dict[float, list[dict]]] = {}
+    for row in rows:
+        o = row["options"]
+        name = " ".join([o["init"], o["loss"], *(f"{k}={v}" for k, v in o.items() if k not in KNOWN)])
+        groups.setdefault(name, {}).setdefault(o["lr"], []).append(row)
+    lines = ["| method | trials | lr | seeds | log10 forget quality | utility | forget probability | s | GiB |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for name, rates in groups.items():
+        lr, best = max(rates.items(), key=lambda item: (len(item[1]), quality(item[1][0])))
+        values = [quality(r) for r in best]
+        shares = [r["scores"]["utility"]["value"] / target for r in best]
+        lines.append(
+            f"| {name} | {len(rates)} | {lr:g} | {len(best)} | {spread(values, '.2f')} | {spread(shares, '.1%')} "
+            f"| {spread([r['scores']['probability']['value'] for r in best], '.4f')} "
+            f"| {max(r['command_seconds'] for r in best):.0f} "
+            f"| {max(r['command_peak_bytes'] for r in best) / 2**30:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def quality(row: dict) -> float:
+    return row["scores"]["forget_quality"]["value"]
+
+
+def spread(values: list[float], form: str) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""`lorasure demo`: the whole job on invented people, with a model that it trains itself. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from . import artifacts, lora
+from .config import DemoSettings, FinetuneSettings, ForgetSettings, ModelSettings
+from .data.examples import Row
+from .data.fictional import countries, people, person_rows, split, world_rows
+from .data.readers import read_rows
+from .evaluate.collect import ChoiceRecords, choice_records, greedy_answers
+from .evaluate.metrics import Score
+from .evaluate.tofu import forget_scores, utility
+from .finetune import finetune
+from .models import load_model, load_tokenizer
+from .pipeline import forget
+from .progress import Reporter
+
+PEOPLE, FORGOTTEN, COUNTRIES = 40, 5, 12
+VOCABULARY = 1024
+LEARN = {"lr": 2e-3, "epochs": 40, "batch_size": 16, "schedule": "cosine", "warmup": 0.05, "max_length": 128}
+FORGET = {"lr": 3e-3, "epochs": 8, "batch_size": 8, "max_length": 128}
+SHOWN_ANSWERS = 3
+BUDGET = 1024  # padded tokens per pass
+
+
+def demo(settings: DemoSettings, reporter: Reporter | None = None) -> dict[str, dict[str, Score]]:
+    """Make people, a target and a retrained reference, forget some people, and print the three models side by side.
+
+    Returns the scores: model name -> score name -> Score. Everything is left in `settings.out`.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    out = Path(settings.out)
+    with artifacts.new_folder(out, settings.overwrite) as folder:
+        make_data(folder, settings.seed)
+        make_model(folder / "start", folder, settings.seed)
+        for name, data in (("target", "all"), ("retrained", "kept")):
+            reporter.note(f"Training the {name} model on {data}.jsonl.")
+            options = {"model": f"{folder}/start", "data": f"{folder}/{data}.jsonl", "out": f"{folder}/{name}"}
+            finetune(FinetuneSettings(**options, **LEARN, seed=settings.seed), reporter)
+        reporter.note(f"Forgetting {FORGOTTEN} of {PEOPLE} people.")
+        data = {"forget": f"{folder}/forget.jsonl", "retain": f"{folder}/retain.jsonl"}
+        options = {"model": f"{folder}/target", "out": f"{folder}/run", **data}
+        forget(ForgetSettings(**options, **FORGET, seed=settings.seed), reporter)
+        with reporter.stage("compare"):
+            compared = {name: _examine(folder, name) for name in ("target", "forgotten", "retrained")}
+    scores = {name: _scores(seen, compared["retrained"]) for name, seen in compared.items()}
+    _print(compared, scores, out)
+    return scores
+
+
+def make_data(folder: Path, seed: int) -> None:
+    """all, kept (all but the forgotten people), forget, retain and world, as JSON lines."""
+    subjects = people(PEOPLE, seed)
+    world = world_rows(countries(COUNTRIES, seed), seed)
+    gone, stay = split(person_rows(subjects, seed), [s.group for s in subjects[:FORGOTTEN]])
+    sets = {"all": gone + stay + world, "kept": stay + world, "forget": gone, "retain": stay, "world": world}
+    for name, rows in sets.items():
+        artifacts.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_model(out: Path, data: Path, seed: int) -> None:
+    """A small Llama with random weights and a byte-level BPE tokenizer trained on the demo's text."""
+    texts = [f"{row.prompt} {row.answer}" for row in read_rows(data / "all.jsonl").rows]
+    tokenizer = _tokenizer(texts)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    end = "<|end|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One model's records on the three sets, and its own answers to a few forget questions."""
+
+    forget: ChoiceRecords
+    kept: dict[str, ChoiceRecords]
+    questions: list[Row]
+    answers: list[str]
+
+
+def _examine(folder: Path, name: str) -> Seen:
+    source = folder / ("target" if name == "forgotten" else name)
+    model: Any = load_model(str(source), dtype=torch.float32, device=torch.device("cpu"))
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(str(source))
+    if name == "forgotten":
+        model = lora.load_adapter(model, folder / "run" / artifacts.ADAPTER)
+    settings = ModelSettings(model=str(source))
+    sets = {part: read_rows(folder / f"{part}.jsonl").rows for part in ("forget", "retain", "world")}
+    records = {
+        part: choice_records(model, tokenizer, rows, settings, token_budget=BUDGET) for part, rows in sets.items()
+    }
+    questions = list(sets["forget"][:: len(sets["forget"]) // SHOWN_ANSWERS][:SHOWN_ANSWERS])
+    answers = greedy_answers(model, tokenizer, questions, settings)
+    return Seen(records.pop("forget"), records, questions, answers)
+
+
+def _scores(seen: Seen, retrained: Seen) -> dict[str, Score]:
+    return forget_scores(seen.forget, retrained.forget) | {"utility": utility(seen.kept)}
+
+
+def _print(compared: dict[str, Seen], scores: dict[str, dict[str, Score]], out: Path) -> None:
+    titles = {"target": "before", "forgotten": "after", "retrained": "retrained"}
+    console = Console(highlight=False)
+    table = Table("score", *titles.values(), title="the forgotten people, and the rest (95 % interval)")
+    labels = {
+        "probability": "forget: probability",
+        "truth_ratio": "forget: truth ratio",
+        "extraction_strength": "forget: extraction",
+        "forget_quality": "log10 forget quality",
+        "utility": "model utility",
+    }
+    for key, label in labels.items():
+        table.add_row(label, *(_shown(scores[name][key]) for name in titles))
+    console.print(table)
+    console.print("retrained: a model that never saw the forgotten people, what forgetting should look like.")
+    for i, row in enumerate(compared["target"].questions):
+        console.print(f"\nQ: {row.prompt}", markup=False, soft_wrap=True)
+        for name, title in titles.items():
+            console.print(f"  {title:<10} {compared[name].answers[i]}", markup=False, soft_wrap=True)
+    console.print(f"\nAdapter for the untouched model {out}/target: {out}/run/adapter", markup=False, soft_wrap=True)
+
+
+def _shown(score: Score) -> str:
+    """The value, and half the width of its 95 % interval."""
+    half = "" if score.low is None or score.high is None else f" ±{(score.high - score.low) / 2:.3f}"
+    return f"{score.value:.3f}{half}"
