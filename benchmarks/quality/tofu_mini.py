@@ -2,10 +2,10 @@
 
     python benchmarks/quality/tofu_mini.py [--inits vila lora ...] [--rates 1e-3 2e-3] [--seeds 0 1 2] [--shared DIR]
 
-Each row: TOFU forget05 (200 rows) against the kept rows 0-399 and 3600-3799 of `full`, IHL, 5 epochs, batch size 16, scored
-against the model retrained without them. The first seed is run at every rate; the best rate by forget quality among those with
-at least 95 % of the target's utility is then run with the other seeds, and only that choice is reported over seeds. Finished
-rows are kept in benchmarks/results/tofu_mini.jsonl and not run again.
+Each row: TOFU forget05 (200 rows) against the kept rows 0-399 and 3600-3799 of `full`, IHL, 5 epochs, batch size 16,
+as one `lorasure forget`, scored against the model retrained without them. The first seed is run at every rate; the rate
+with the best forget quality among those with at least 95 % of the target's utility is then run with the other seeds.
+Finished rows are kept in benchmarks/results/tofu_mini.jsonl and not run again; the table of all of them comes last.
 """
 
 from __future__ import annotations
