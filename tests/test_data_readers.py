@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from lorasure.data.examples import Row
-from lorasure.data.readers import Layout, check_disjoint, read_rows
+from lorasure.data.readers import check_disjoint, read_rows
+from lorasure.data.rows import Layout
 from lorasure.errors import DataError, ResourceError, UsageError
 
 SECRET = "Xylophone"  # stands in row texts; no message may quote it
@@ -109,7 +110,7 @@ def test_naming_prompt_and_completion_does_not_change_their_kind(write):
 
 
 def test_text_and_prompt_columns_exclude_each_other():
-    with pytest.raises(UsageError, match="text_key cannot be combined"):
+    with pytest.raises(UsageError, match="--text-key cannot be combined"):
         Layout(text_key="t", answer_key="a")
 
 
@@ -184,7 +185,7 @@ def test_wrong_files(write, name, content, expected):
     [
         (Layout(prompt_key="q"), "a.jsonl:1: found the columns question, answer; expected q."),
         (Layout(text_key="body"), "expected body."),
-        (Layout(group_key="author"), "expected author (group_key)."),
+        (Layout(group_key="author"), "expected author (--group-key)."),
     ],
 )
 def test_named_columns_that_are_missing(write, layout, expected):

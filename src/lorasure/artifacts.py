@@ -1,7 +1,7 @@
 """Files of a run: the only module that knows their formats. safetensors and JSON, written whole or not at all.
 
-A run folder is built under a hidden name beside its final place and renamed when its manifest is in it. A stage that adds to
-a finished run writes each file beside its final name and renames it, manifest last. No pickle is written or read.
+A run folder is built under a hidden name beside its final place and renamed when its manifest is in it. A stage that
+adds to a finished run builds the new version of it in the same way. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import DataError, UsageError
+from .errors import DataError, ResourceError, UsageError
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -32,30 +32,85 @@ MERGED = "merged"
 
 
 def check_new(out: Path, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds anything, unless the user said to replace it."""
+    """Refuse an output folder that cannot be made, or that holds anything, unless the user said to replace that run.
+
+    What gets replaced is deleted, so only a folder with a manifest of ours is: never somebody's home by a slip.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: this is a file, a folder is wanted.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"--out {out}: the folder is not empty. Choose another one, or add --overwrite true.")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UsageError(f"--out {out}: the folder is not empty. Choose another one, or add --overwrite.")
+        if not (out / MANIFEST).is_file():
+            raise UsageError(f"--out {out}: --overwrite replaces earlier runs only, and there is no {MANIFEST} in it.")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise UsageError(f"--out {out}: {parent} is a file, a folder is wanted.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ResourceError(f"--out {out}: no permission to write in {parent}.")
 
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A private folder that takes the name `out` only if the block ends without an error; else nothing is left."""
+    """A private folder that takes the name `out` only if the block ends without an error; else nothing is left.
+
+    A folder that it replaces stays until then.
+    """
     check_new(out, overwrite)
+    out = out.resolve()
+    made = [p for p in out.parents if not p.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial, old = (out.parent / f".{out.name}.{what}-{os.getpid()}" for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(mode=0o700)
     try:
         yield partial
         write_manifest(partial)
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
+        _make_private(partial)
+        _swap(partial, out, old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # somebody else may have put something there meanwhile
+                folder.rmdir()
         raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def changed_run(run: Path, keep: Iterable[str]) -> Iterator[Path]:
+    """A new version of a run, starting from some of its files: takes its place whole, or the run stays as it was."""
+    with new_folder(run, overwrite=True) as partial:
+        for name in keep:
+            if (run / name).is_file():
+                _link(run / name, partial / name)
+        yield partial
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has none. Files of a run never change in place."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _swap(new: Path, out: Path, old: Path) -> None:
+    """Give `new` the name `out`; what had it is kept as `old`, and comes back if that fails."""
+    if not out.exists():
+        new.rename(out)
+        return
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+
+
+def _make_private(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 @contextmanager
@@ -73,6 +128,7 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, whole or not at all."""
     with _beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -83,10 +139,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_yaml(path: Path, value: Any) -> None:
+    """YAML in the order given."""
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds; a DataError if it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -94,6 +152,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, loaded safely; a DataError if it is none."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -104,7 +163,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, An
     """Tensors as safetensors; `about` (units, normalisation, counts, hashes) goes into the header as JSON."""
     from safetensors.torch import save_file
 
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        stored[name] = own.clone() if own.data_ptr() in seen else own  # safetensors refuses two names for one memory
+        seen.add(own.data_ptr())
     with _beside(path) as partial:
         save_file(stored, partial, metadata={"lorasure": json.dumps(about, sort_keys=True, allow_nan=False)})
 
@@ -144,12 +208,15 @@ def write_manifest(run: Path) -> None:
 
 
 def check_run(run: Path, *needed: str) -> None:
-    """The folder is a run, and `needed` files are in it unchanged; else a DataError that says which stage makes them."""
+    """The folder is a run, and `needed` files are in it unchanged; else a DataError that says what to do."""
     if not (run / MANIFEST).is_file():
         raise DataError(f"{run}: not a run folder (no {MANIFEST}).")
-    listed = read_json(run / MANIFEST)["files"]
+    manifest = read_json(run / MANIFEST)
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(listed, dict):
+        raise DataError(f"{run}: not a run folder (its {MANIFEST} is another program's).")
     for name in needed:
         if name not in listed or not (run / name).is_file():
             raise DataError(f"{run}: there is no {name} yet; run the stage before this one first.")
-        if sha256(run / name) != listed[name]["sha256"]:
+        if sha256(run / name) != listed[name].get("sha256"):
             raise DataError(f"{run}/{name}: the file was changed after it was written (its sha256 differs).")

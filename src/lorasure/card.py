@@ -10,11 +10,21 @@ from .losses.forget import FORGET_LOSSES
 
 PLAIN_WORDS = """\
 - This adapter **suppresses**; it does not erase. Anyone who holds the base model can leave the adapter out, or scale it
-  down, and has the old model back. Merge it (`lorasure export RUN --merge true`) before giving weights away.
+  down, and has the old model back. Merge it (`lorasure export RUN --merge`) before giving weights away.
 - The numbers above say how probable the forget set's *own* answers are. They do not show that the knowledge cannot be
   brought back by further training, quantisation, paraphrased or translated questions, or other prompts. Those attacks
   were **not run** for this card.
-- The retain numbers are measured on rows that training may have used. They do not show that everything else is unharmed."""
+- The retain numbers are measured on rows that training may have used. They do not show that everything else is
+  unharmed."""
+
+LOADING = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "this folder")
+```"""
 
 
 def model_card(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -38,19 +48,13 @@ tags: [unlearning, lora, lorasure]
 
 A plain LoRA adapter of rank {summary["export"]["rank"]} for the **untouched** base model.
 
-- Base: `{base["source"]}`, revision {base["revision"] or "not recorded (local folder)"}, {base["parameters"]} parameters
+- Base: `{base["source"]}`, {base["parameters"]} parameters, revision {base["revision"] or "unknown (local folder)"}
 {hashes}
 - Start: {init.title} ({init.paper})
 - Forget loss: {loss.title} ({loss.paper})
 - Verdict: {summary["verdict"]["text"]}
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base["source"]}")
-model = PeftModel.from_pretrained(base, "this folder")
-```
+{LOADING.format(base=base["source"])}
 
 ## What was measured
 
@@ -60,8 +64,8 @@ Mean probability of an answer token sequence, exp(-NLL per token), with a 95 % i
 |---|---|---|---|
 {chr(10).join(rows)}
 
-The adapter was loaded on the base anew with nothing but `transformers` and `peft`; its logits differ from the trained model's by
-{summary["export"]["max_logit_difference"]:.1e} at most (bound {summary["export"]["bound"]:.1e}).
+The adapter was loaded on the base anew with nothing but `transformers` and `peft`; its logits differ from the trained
+model's by {summary["export"]["max_logit_difference"]:.1e} at most (bound {summary["export"]["bound"]:.1e}).
 
 ## What this does not show
 

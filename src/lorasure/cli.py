@@ -1,22 +1,25 @@
-"""The command line: a table of plain functions, each callable from Python as well. Nothing heavy is imported until it runs."""
+"""The command line: a table of plain functions, callable from Python as well. What is heavy is imported when needed."""
 
 from __future__ import annotations
 
-import argparse
+import errno
 import os
+import signal
 import sys
-import typing
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import __version__, config
-from .config import Settings, flag
-from .errors import LorasureError, UsageError
+from .config import Settings
+from .errors import LorasureError, ResourceError, UsageError
 
-EPILOG = "Exit codes: 0 done, 2 usage, 3 data, 4 numeric, 5 resource, 130 interrupted."
+EPILOG = "Exit codes: 0 done, 2 usage, 3 data, 4 numeric, 5 resource, 130 or 143 interrupted."
+NO_RESOURCE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Command:
     stage: bool = False
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, made to unwind like SIGINT."""
+
+
 def _forget(settings: config.ForgetSettings) -> None:
     from . import pipeline, show
 
@@ -39,7 +46,8 @@ def _forget(settings: config.ForgetSettings) -> None:
 def _importance(settings: config.ForgetSettings) -> None:
     from . import pipeline
 
-    print(f"Run folder: {pipeline.importance_command(settings, _reporter())}. Next: lorasure init {settings.out}")
+    run = pipeline.importance_command(settings, _reporter())
+    print(f"Run folder: {run}. Next: lorasure init {run}")
 
 
 def _init(run: Path, settings: config.ForgetSettings) -> None:
@@ -104,71 +112,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lorasure {__version__}")
         return 0
     try:
-        return _dispatch(given[0], given[1:])
+        with _sigterm_unwinds():
+            return _dispatch(given[0], given[1:])
     except LorasureError as error:
-        print(f"lorasure: {error}", file=sys.stderr)
-        return error.exit_code
-    except argparse.ArgumentError as error:
-        print(f"lorasure: {_one_line(str(error))}", file=sys.stderr)
-        return UsageError.exit_code
-    except PermissionError as error:
-        print(f"lorasure: no permission for {error.filename}.", file=sys.stderr)
-        return 5
-    except KeyboardInterrupt:
-        print("lorasure: interrupted; nothing was written.", file=sys.stderr)
-        return 130
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in NO_RESOURCE:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or type(error).__name__}{where}. Nothing was written.", ResourceError.exit_code)
+    except KeyboardInterrupt as error:
+        code = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        return _fail("interrupted; nothing was written.", 128 + code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lorasure: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Within the block SIGTERM raises Terminated, so that everything is cleaned up as after Ctrl-C."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(name: str, rest: list[str]) -> int:
+    from .flags import parse
     from .registry import lookup
 
     command = lookup(COMMANDS, name, "command")
-    run, stored = None, {}
-    if command.stage and not {"-h", "--help"} & set(rest):
-        if not rest or rest[0].startswith("-"):
-            raise UsageError(f"lorasure {name} needs a run folder first: lorasure {name} RUN [flags].")
-        from . import artifacts
+    if not command.stage or {"-h", "--help"} & set(rest):
+        settings = parse(name + " RUN" * command.stage, command.title, command.settings, rest, epilog=EPILOG)
+        _quiet_libraries()
+        command.run(settings)
+        return 0
+    if not rest or rest[0].startswith("-"):
+        raise UsageError(f"lorasure {name} needs a run folder first: lorasure {name} RUN [flags].")
+    from .artifacts import CONFIG, check_run, read_yaml
 
-        run, rest = Path(rest[0]), rest[1:]
-        artifacts.check_run(run, artifacts.CONFIG)
-        stored = artifacts.read_yaml(run / artifacts.CONFIG)
-    settings = parse(name, command, rest, stored)
+    run = Path(rest[0])
+    check_run(run, CONFIG)
+    settings = parse(f"{name} RUN", command.title, command.settings, rest[1:], read_yaml(run / CONFIG))
     _quiet_libraries()
-    command.run(*([run] if run else []), settings)
+    command.run(run, settings)
     return 0
-
-
-def parse(name: str, command: Command, arguments: Sequence[str], stored: dict[str, Any]) -> Settings:
-    """Flags, then the YAML of --config, then `stored`, then the defaults of the settings."""
-    from jsonargparse import ArgumentParser
-
-    usage = f"lorasure {name} RUN [flags]" if command.stage else f"lorasure {name} [flags]"
-    parser = ArgumentParser(
-        prog=f"lorasure {name}", usage=usage, description=command.title, epilog=EPILOG, exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below, by their names")
-    types = typing.get_type_hints(command.settings)
-    for f in fields(command.settings):
-        key = f.name.rstrip("_")
-        needed = f.default is MISSING and key not in stored
-        default = stored.get(key, None if f.default is MISSING else f.default)
-        extra = {"required": True} if needed else {"default": default}
-        parser.add_argument(flag(f.name), type=types[f.name], help=f.metadata["help"], **extra)
-    values = parser.parse_args(list(arguments)).as_dict()
-    values.pop("config", None)
-    return command.settings.from_dict(values)
-
-
-def _one_line(message: str) -> str:
-    """jsonargparse's messages, in one line and with flags as the user types them."""
-    text = " ".join(message.split())
-    text = text.replace("Parser key ", "setting ")
-    if text.startswith("the following arguments are required: "):
-        names = text.removeprefix("the following arguments are required: ").split(", ")
-        text = "these flags are required: " + ", ".join(flag(name.removeprefix("--")) for name in names)
-    if text.startswith("Option '"):
-        text = "unknown setting in --config: " + text.removeprefix("Option ").removesuffix(" is not accepted")
-    return text
 
 
 def _overview() -> str:

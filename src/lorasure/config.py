@@ -9,21 +9,28 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
 
 
 def option(
-    default: Any, text: str, *, low: float | None = None, above: float | None = None, high: float | None = None
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A field with a help text and bounds: low <= value <= high, above < value."""
-    return field(default=default, metadata={"help": text, "low": low, "above": above, "high": high})
+    """A field with a help text and bounds: low <= value <= high, above < value. `path`: may name a local file."""
+    return field(default=default, metadata={"help": text, "low": low, "above": above, "high": high, "path": path})
 
 
 def required(text: str) -> Any:
-    """A field that the user must give."""
-    return field(metadata={"help": text})
+    """A field that the user must give. All of them name a file, a folder or something on the hub."""
+    return field(metadata={"help": text, "path": True})
 
 
 def flag(name: str) -> str:
@@ -54,6 +61,16 @@ class Settings:
         """Settings under their public names, ready for YAML."""
         return {name.rstrip("_"): value for name, value in dataclasses.asdict(self).items()}
 
+    def located(self) -> dict[str, Any]:
+        """`to_dict` with local paths made absolute, so that it means the same from everywhere. A hub id stays."""
+        found = self.to_dict()
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata.get("path") and value is not None:
+                path = Path(value).expanduser()
+                found[f.name] = str(path.absolute()) if f.name == "out" or path.exists() else value
+        return found
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Any:
         """Settings from public names. Unknown names are an error."""
@@ -75,7 +92,7 @@ class ModelSettings(Settings):
     template: str = option(
         "auto",
         "how a question becomes a prompt: auto (the model's chat template, else qa), qa, chat, tofu-phi, tofu-llama2, "
-        "or your own text with {question} in it",
+        "or your own text with {question} in it (\\n is a new line)",
     )
     max_length: int = option(512, "longest example in tokens; longer ones are cut and counted", low=2)
     stride: int | None = option(None, "new tokens per window of plain text (default: half of --max-length)", low=1)
@@ -126,7 +143,9 @@ class ImportanceSettings(SiteSettings):
         None, "retain rows to measure on, drawn without replacement (default: as many as forget rows)", low=1
     )
     compat: str | None = option(None, "paper-code: reproduce the arithmetic of the public FILA and VILA scripts")
-    importance: str | None = option(None, "reuse the importance of this earlier run (same model, data and settings)")
+    importance: str | None = option(
+        None, "reuse the importance of this earlier run (same model, data and settings)", path=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +201,7 @@ class OutSettings(Settings):
     """Where to."""
 
     out: str = required("the run folder to make")
-    overwrite: bool = option(False, "replace a non-empty --out")
+    overwrite: bool = option(False, "replace the earlier run in --out, once the new one is complete")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,38 +13,48 @@ from .models import load_model, load_tokenizer, pick_device, pick_dtype, pick_to
 from .progress import Reporter
 from .registry import lookup
 from .sites import find_sites
-from .train import SCHEDULES, fit, learn, learn_steps
+from .stages import logged_fit
+from .train import SCHEDULES, learn, learn_steps
+from .workbench import check_template
 
 
 def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Path:
-    """Make a target (or a retrained reference): learn the rows, all weights or LoRA, and save a whole model in `out`."""
+    """Learn the rows, with all weights or with LoRA, and save a whole model, its tokenizer and the account in `out`."""
     reporter = reporter or Reporter(quiet=True)
     out = Path(settings.out)
     artifacts.check_new(out, settings.overwrite)
     lookup(dict.fromkeys(SCHEDULES), settings.schedule, "--schedule")
+    check_template(settings.template)
     device = pick_device(settings.device)
-    tokenizer = load_tokenizer(settings.model, settings.revision)
-    with reporter.stage("read data"):
-        data = load_data(settings.data, settings, tokenizer)
-    for line in data.notes("data"):
-        reporter.note(line)
-    with reporter.stage("load model"):
-        model: Any = load_model(
-            settings.model, dtype=pick_dtype(settings.dtype, device), device=device, revision=settings.revision
-        )
-    if settings.rank:
-        sites = find_sites(model)
-        check_rank(sites, settings.rank)
-        request = Request(settings.rank, settings.alpha / settings.rank, seed=settings.seed)
-        factors, _ = initialise(model, sites, INITS["lora"], {}, request, None)
-        model = lora.attach(model, factors, settings.rank, settings.alpha, compensate=False)
-    else:
-        model.requires_grad_(True)
+    dtype = pick_dtype(settings.dtype, device)
+    with reporter.held():
+        tokenizer = load_tokenizer(settings.model, settings.revision)
+        with reporter.stage("read data"):
+            data = load_data(settings.data, settings, tokenizer)
+        for line in data.notes("data"):
+            reporter.note(line)
+        with reporter.stage("load model"):
+            model = load_model(settings.model, dtype=dtype, device=device, revision=settings.revision)
+            trained = _trainable(model, settings)
     steps = list(learn_steps(data.examples, epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed))
-    with reporter.stage("train", len(steps), "steps") as progress:
-        fit(model, steps, learn, settings, token_budget=pick_token_budget(settings.tokens_per_batch, device), on_step=lambda _: progress(1))
+    budget = pick_token_budget(settings.tokens_per_batch, device)
     with artifacts.new_folder(out, settings.overwrite) as folder:
-        saved = lora.merge(model) if settings.rank else model
-        saved.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        artifacts.write_yaml(folder / artifacts.CONFIG, settings.located())
+        artifacts.write_json(folder / artifacts.DATA, {"data": data.about()})
+        logged_fit(folder, reporter, trained, steps, learn, settings, token_budget=budget)
+        with reporter.stage("save"):
+            saved = lora.merge(trained) if settings.rank else trained
+            saved.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return out
+
+
+def _trainable(model: Any, settings: FinetuneSettings) -> Any:
+    """All weights, or the model with a plain LoRA adapter of --rank."""
+    if settings.rank is None:
+        return model.requires_grad_(True)
+    sites = find_sites(model)
+    check_rank(sites, settings.rank)
+    request = Request(settings.rank, settings.alpha / settings.rank, seed=settings.seed)
+    factors, _ = initialise(model, sites, INITS["lora"], {}, request, None)
+    return lora.attach(model, factors, settings.rank, settings.alpha, compensate=False)

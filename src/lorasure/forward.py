@@ -21,13 +21,16 @@ Progress = Callable[[int], None]
 def _select_before_head(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let `choose` replace the hidden states that enter the projection to the vocabulary.
 
-    Whatever the model does to logits afterwards (scaling, soft-capping) still happens, because it happens to the output.
+    Whatever the model does to logits afterwards (scaling, soft-capping) still happens, because it happens to the
+    output.
     """
 
     def hook(module: torch.nn.Module, args: tuple) -> tuple:
         return (choose(args[0]), *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has a projection to the vocabulary"
+    handle = head.register_forward_pre_hook(hook)
     try:
         yield
     finally:
@@ -43,9 +46,9 @@ def base_of(model: Any) -> PreTrainedModel:
 def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = None) -> tuple[Answers, Tensor | None]:
     """One forward pass with vocabulary logits only where an answer token is predicted.
 
-    `reference_hidden` (n, hidden): final hidden states of the *original* model (see `answer_hidden`); they are projected
-    in the same product, which gives the original model's logits (n, vocab) without a second model, because the
-    projection to the vocabulary is never adapted. Returns (answers, reference logits or None).
+    `reference_hidden` (n, hidden): final hidden states of the *original* model (see `answer_hidden`); they are
+    projected in the same product, which gives the original model's logits (n, vocab) without a second model, because
+    the projection to the vocabulary is never adapted. Returns (answers, reference logits or None).
     """
     mask, _ = shift(batch.labels)
 
@@ -79,7 +82,7 @@ def answer_hidden(model: Any, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Record:
-    """What the model says of one answer: `nll` in nats summed over its tokens, and per token whether the label is the argmax."""
+    """The model on one answer: `nll` in nats summed over its tokens, and per token whether the label is the argmax."""
 
     nll: float
     correct: tuple[bool, ...]

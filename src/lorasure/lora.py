@@ -1,18 +1,21 @@
-"""Adapters: the only module that touches peft. Attach a start to the untouched base, take it off, save, merge, compress.
+"""Adapters: the only module that touches peft. Attach a start to the untouched base, save, merge, compress.
 
-With a start s B0 A0 the layer must at first compute what it always did, so the adapter has rank 2r: `[B | -B0] [A ; A0]`, the
-second half frozen. The base's weights are never changed, not even in memory: disabling the adapter gives the original model,
-the trained adapter is at once the plain LoRA adapter to hand over, and a quantised base needs no special case.
+With a start s B0 A0 the layer must at first compute what it always did, so the adapter has rank 2r:
+`[B | -B0] [A ; A0]`, the second half frozen. The base's weights are never changed, not even in memory: disabling the
+adapter gives the original model, the trained adapter is at once the plain LoRA adapter to hand over, and a quantised
+base needs no special case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
@@ -27,9 +30,11 @@ Start = Mapping[Site, Factors]
 class FrozenTail(nn.Module):
     """A weight whose rank axis is [trainable head | frozen tail].
 
-    `tail` is (outer, rank, inner) and the weight a reshape of (outer, 2 rank, inner): outer is the number of experts for A
-    and the number of outputs for B; inner is the number of inputs for A and the number of experts for B.
+    `tail` is (outer, rank, inner) and the weight a reshape of (outer, 2 rank, inner): outer is the number of experts
+    for A and the number of outputs for B; inner is the number of inputs for A and the number of experts for B.
     """
+
+    tail: Tensor
 
     def __init__(self, tail: Tensor, shape: torch.Size) -> None:
         super().__init__()
@@ -47,8 +52,8 @@ class FrozenTail(nn.Module):
 def attach(model: PreTrainedModel, start: Start, rank: int, alpha: float, *, compensate: bool) -> PeftModel:
     """Put an adapter on the sites of `start` (site -> Factors of the given rank, scaling alpha / rank).
 
-    `compensate`: add the frozen half that makes the start the identity. Without it the adapter adds s B A. Only the trainable
-    factors require a gradient; they are float32 whatever the base's dtype.
+    `compensate`: add the frozen half that makes the start the identity. Without it the adapter adds s B A. Only the
+    trainable factors require a gradient; they are float32 whatever the base's dtype.
     """
     total = 2 * rank if compensate else rank
     groups = _grouped(start)
@@ -78,13 +83,13 @@ def _grouped(start: Start) -> dict[tuple[str, str | None], dict[int | None, Fact
     return groups
 
 
-def _experts(model: PreTrainedModel, module: str) -> int:
+def _experts(model: nn.Module, module: str) -> int:
     """Number of experts in a mixture module, wrapped by peft or not."""
-    layer = model.get_submodule(module)
+    layer: Any = model.get_submodule(module)
     return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).num_experts
 
 
-def _plain(alpha: float) -> float | int:
+def _plain(alpha: float) -> Any:
     """Servers expect a whole alpha as an integer."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
@@ -98,13 +103,13 @@ def _module_names(model: PreTrainedModel, modules: list[str]) -> list[str]:
 
 def _layers(wrapped: PeftModel, module: str, parameter: str | None) -> tuple[nn.Linear, nn.Linear]:
     """peft's lora_A and lora_B of a site; wrappers for several parameters of one module are nested."""
-    layer = wrapped.get_base_model().get_submodule(module)
+    layer: Any = wrapped.get_base_model().get_submodule(module)
     while parameter is not None and layer.parameter_name != parameter:
         layer = layer.base_layer
     return layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
 
 
-def _stacked(experts: Mapping[int | None, Factors], model: PreTrainedModel, module: str) -> tuple[Tensor, Tensor]:
+def _stacked(experts: Mapping[int | None, Factors], model: nn.Module, module: str) -> tuple[Tensor, Tensor]:
     """(A, B) as (experts or 1, rank, in) and (out, rank, experts or 1). Experts that are not adapted get zeros.
 
     Zeros stay zeros: with A = B = 0 neither factor has a gradient.
@@ -127,6 +132,7 @@ def _place(layer: nn.Linear, head: Tensor, tail: Tensor | None) -> None:
 
 
 def _adapter_layers(wrapped: PeftModel) -> Iterator[nn.Linear]:
+    module: Any
     for module in wrapped.modules():
         if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
             yield module.lora_A[ADAPTER_NAME]
@@ -142,7 +148,7 @@ def bake(wrapped: PeftModel) -> PeftModel:
     return wrapped
 
 
-def _trainable(layer: nn.Linear) -> Tensor:
+def _trainable(layer: Any) -> Tensor:
     """The parameter that training changes: the head of a compensated weight, or the weight itself."""
     return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
@@ -179,23 +185,26 @@ def set_trained(wrapped: PeftModel, trained: Start) -> None:
 
 
 def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The best approximation of B A of a smaller rank, balanced, and the share of its energy that is kept.
+    """The best approximation of B A of a smaller rank, balanced, and the share of its energy (squared norm) kept.
 
-    By QR of both factors and an SVD of the small core, so no (out, in) matrix is formed (LoRA-Squeeze).
+    By QR of both factors and an SVD of the small core, so no (out, in) matrix is formed (LoRA-Squeeze). Where the rank
+    is above the matrix's smaller side, the components that cannot exist are zero.
     """
     q_b, r_b = torch.linalg.qr(factors.B.double())
     q_a, r_a = torch.linalg.qr(factors.A.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = s[:rank].sqrt()
     energy = s.square().sum()
     kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
-    return Factors((q_b @ u[:, :rank] * root).float(), ((q_a @ vh[:rank].T) * root).T.contiguous().float()), kept
+    b, a = q_b @ u[:, :rank] * root, (q_a @ vh[:rank].T * root).T
+    missing = rank - len(root)
+    return Factors(pad(b, (0, missing)).float(), pad(a, (0, 0, 0, missing)).float()), kept
 
 
 def compressed(wrapped: PeftModel, sites: Iterable[Site], rank: int) -> tuple[PeftModel, float]:
-    """A baked adapter replaced by its best approximation of a smaller rank, and the least energy share kept at any site."""
-    config = wrapped.peft_config[ADAPTER_NAME]
-    if rank > config.r:
+    """A baked adapter replaced by its best approximation of a smaller rank, and the least energy share of any site."""
+    config: Any = wrapped.peft_config[ADAPTER_NAME]
+    if not 1 <= rank <= config.r:
         raise UsageError(f"--export-rank must be in [1, {config.r}] (the adapter's exact rank), got {rank}.")
     pairs = {site: compress(_of_site(wrapped, site, lambda layer: layer.weight.detach()), rank) for site in sites}
     scaling = config.lora_alpha / config.r
@@ -205,10 +214,13 @@ def compressed(wrapped: PeftModel, sites: Iterable[Site], rank: int) -> tuple[Pe
 
 
 def save_adapter(wrapped: PeftModel, folder: Path, base: str, revision: str | None) -> None:
-    """A plain PEFT adapter of a baked model, safetensors, that names its base."""
-    config = wrapped.peft_config[ADAPTER_NAME]
+    """A plain PEFT adapter of a baked model, safetensors, that names its base.
+
+    Embeddings are never adapted; left to itself, peft would look for the base on the hub to find that out.
+    """
+    config: Any = wrapped.peft_config[ADAPTER_NAME]
     config.base_model_name_or_path, config.revision = base, revision
-    wrapped.save_pretrained(folder, safe_serialization=True)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

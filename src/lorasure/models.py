@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from .artifacts import sha256
-from .errors import DataError, ResourceError, UsageError
+from .errors import DataError, NumericError, ResourceError, UsageError
 from .registry import lookup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +33,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 elsewhere (on CPUs without native bfloat16 products, float32 is faster)."""
+    """`auto` is bfloat16 on a GPU and float32 elsewhere (faster on CPUs without native bfloat16 products)."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return lookup(DTYPES, name, "--dtype")
@@ -68,6 +68,7 @@ def load_model(model: str, *, dtype: torch.dtype, device: torch.device, revision
     check_model_folder(model)
     transformers_logging.disable_progress_bar()
     loaded = _load(AutoModelForCausalLM.from_pretrained, model, revision=revision, dtype=dtype)
+    check_finite(loaded, model)
     try:
         loaded = loaded.to(device)
     except torch.OutOfMemoryError as error:
@@ -76,16 +77,25 @@ def load_model(model: str, *, dtype: torch.dtype, device: torch.device, revision
     return loaded.eval().requires_grad_(False)
 
 
+def check_finite(model: torch.nn.Module, source: str) -> None:
+    """Raise a NumericError if a weight is not finite. One sum per weight shows it, without a mask of its size."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight.sum(dtype=torch.float32)):
+            raise NumericError(f"--model {source}: the weight {name} holds values that are not finite.")
+
+
 def _load(loader: Callable[..., Any], model: str, **options: Any) -> Any:
     try:
         return loader(model, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"--model {model} does not fit in memory.") from error
+    except Exception as error:  # many libraries below can fail here, each with its own class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"--model {model} cannot be loaded: {reason}") from error
 
 
 def fingerprint(model: PreTrainedModel, source: str) -> dict[str, Any]:
-    """What identifies the base: its name, hub commit when known, and for a local folder the sha256 of its weight files."""
+    """What identifies the base: its name, hub commit if known, and the sha256 of a local folder's weight files."""
     folder = Path(source)
     files = sorted(p for pattern in WEIGHT_FILES for p in folder.glob(pattern)) if folder.is_dir() else []
     return {

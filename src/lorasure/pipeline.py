@@ -1,41 +1,30 @@
-"""The stages and the commands made of them: importance, init, train, export; `forget` is all four on one loaded model.
-
-Every stage writes what the next one needs into the run folder, so that a stage can also be run alone, later, or again.
-"""
+"""The commands: `forget` is all stages on one loaded model; the others are one stage each and meet in a run folder."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import artifacts, card, lora
-from .config import FinetuneSettings, ForgetSettings
-from .data.examples import Example
-from .data.load import load_data
-from .errors import NumericError
-from .evaluate.metrics import Score, probability
-from .forward import Record, answer_logits, answer_records
-from .importance.activations import second_moments
-from .importance.measure import Importance, measure
-from .importance.paper_code import PASSES
-from .importance.scores import choose_sites
-from .init.apply import Evidence, initialise
-from .init.low_rank import Factors
-from .models import load_model, load_tokenizer, pick_device, pick_dtype
-from .progress import Reporter, peak_memory
-from .sites import Site, find_sites
-from .train import SCHEDULES, ForgetObjective, fit, forget_steps, learn, learn_steps, retain_penalty
+from . import artifacts, lora
+from .config import ExportSettings, ForgetSettings, ImportanceSettings, InitSettings, Settings, TrainSettings, flag
+from .errors import DataError, UsageError
+from .progress import Reporter
+from .stages import (
+    Start,
+    attach_start,
+    export,
+    load_importance,
+    make_start,
+    measure_importance,
+    train_adapter,
+    update_summary,
+)
 from .workbench import Workbench
 
-STILL_KNOWN = 0.5  # the forget set counts as still known when more than this share of its probability is left
-UTILITY_FLOOR = 0.95  # and the model as harmed when less than this share of the retain probability is left
-CHECKED_ROWS = 4  # of each set, for the check of the exported adapter
+ANY_TIME = {"device", "tokens_per_batch"}  # settings that no result depends on
 
 
 @dataclass(frozen=True)
@@ -51,327 +40,96 @@ class Result:
         return self.folder / artifacts.ADAPTER
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
-
-
-def measure_importance(bench: Workbench, run: Path) -> Importance | None:
-    """Stage 1. Gradient moments of both sets -> importance.safetensors; None where the init needs none."""
-    s = bench.settings
-    if not bench.measures_importance:
-        return None
-    forget, retain = bench.data[0].examples, bench.measured_retain
-    score = bench.score
-    assert score is not None
-    if s.importance:
-        found = Importance.load(Path(s.importance) / artifacts.IMPORTANCE)
-        found.check_reusable(bench.sites, bench.about(), score, bench.probe)
-        found = Importance(score, found.probe, found.forget, found.retain, found.floor, found.about)
-    else:
-        total = 2 * PASSES * len(forget) if s.compat else len(forget) + len(retain)
-        with bench.reporter.stage("importance", total) as progress:
-            found = measure(
-                bench.model,
-                bench.sites,
-                forget,
-                retain,
-                score=score,
-                probe=bench.probe,
-                token_budget=bench.token_budget,
-                paper_code=s.compat is not None,
-                about=bench.about(),
-                progress=progress,
-            )
-    found.save(run / artifacts.IMPORTANCE)
-    return found
-
-
-def make_start(bench: Workbench, run: Path, importance: Importance | None) -> Start:
-    """Stage 2. Factors of every chosen site -> init.safetensors."""
-    s = bench.settings
-    weights = {site.name: importance.weights(site) for site in bench.sites} if importance else {}
-    sites = bench.sites
-    if s.coverage < 1:
-        names = set(choose_sites({name: w.mean for name, w in weights.items()}, s.coverage))
-        sites = [site for site in sites if site.name in names]
-    evidence = {name: Evidence(weights=w) for name, w in weights.items()}
-    if bench.init.evidence in ("outputs", "inputs"):
-        evidence = _activations(bench, sites)
-    with bench.reporter.stage("init", len(sites), "layers") as progress:
-        factors, bases = initialise(bench.model, sites, bench.init, evidence, bench.request, s.split, progress)
-    start = Start(factors, bases)
-    start.save(run / artifacts.START)
-    return start
-
-
-def _activations(bench: Workbench, sites: Sequence[Site]) -> dict[str, Evidence]:
-    sets = bench.data[0].examples, bench.measured_retain
-    of_inputs = bench.init.evidence == "inputs"
-    with bench.reporter.stage("activations", sum(map(len, sets))) as progress:
-        forget, retain = (
-            second_moments(
-                bench.model,
-                sites,
-                examples,
-                of_inputs=of_inputs,
-                token_budget=bench.token_budget,
-                progress=progress,
-            )
-            for examples in sets
-        )
-    return {name: Evidence(forget=forget[name], retain=retain[name]) for name in forget}
-
-
-def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
-    """Stage 3. Scores of the original model, then training -> trained.safetensors, train.jsonl."""
-    s = bench.settings
-    before = score_sets(bench, bench.model)
-    objective = bench.objective()
-    steps = list(forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
-    used = (unit.index for step in steps for unit in step if unit.term == "retain")
-    objective.observe_original(bench.model, used, bench.token_budget)
-    compensate = any(f.B.any() for f in start.factors.values())
-    wrapped = lora.attach(bench.model, start.factors, s.rank, s.alpha, compensate=compensate)
-    lines: list[str] = []
-    with bench.reporter.stage("train", len(steps), "steps") as progress:
-
-        def on_step(record: dict[str, Any]) -> None:
-            lines.append(json.dumps(record, allow_nan=False))
-            progress(1)
-
-        fit(
-            wrapped,
-            steps,
-            objective,
-            s,
-            token_budget=bench.token_budget,
-            term_weights={"retain": s.lambda_},
-            penalty=_penalty(wrapped, start),
-            on_step=on_step,
-        )
-    artifacts.write_text(run / artifacts.LOG, "\n".join(lines) + "\n")
-    trained = Start(lora.trained_factors(wrapped, start.factors), {})
-    trained.check_finite()
-    trained.save(run / artifacts.TRAINED)
-    _update_summary(run, {"before": before, "settings": s.to_dict(), "base": bench.fingerprint})
-    return wrapped
-
-
-def _penalty(wrapped: lora.PeftModel, start: Start) -> Any:
-    if not start.bases:
-        return None
-    bases = {site: basis.to(wrapped.device) for site, basis in start.bases.items()}
-    return lambda: retain_penalty([(lora.trainable_b(wrapped, site), basis) for site, basis in bases.items()])
-
-
-def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -> dict[str, Any]:
-    """Stage 4. The adapter, checked on a freshly loaded base; scores of that; model card -> adapter/, summary.json.
-
-    Raises NumericError when the fresh model's logits differ from the trained model's by more than the dtype's bound.
-    """
-    s = bench.settings
-    probes = [e for part in bench.data for e in part.examples[:CHECKED_ROWS]]
-    with bench.reporter.stage("export"):
-        wrapped = lora.bake(wrapped)
-        compression = None
-        if s.export_rank:
-            wrapped, compression = lora.compressed(wrapped, start.factors, s.export_rank)
-        lora.save_adapter(wrapped, run / artifacts.ADAPTER, s.model, bench.fingerprint["revision"])
-        expected = _logits(wrapped, probes)
-        wrapped.unload()
-        fresh = lora.load_adapter(bench.fresh_model(), run / artifacts.ADAPTER)
-        check = check_export(expected, _logits(fresh, probes), bench.dtype)
-    after = score_sets(bench, fresh)
-    if s.merge:
-        with bench.reporter.stage("merge"):
-            merged = lora.merge(fresh)
-            merged.save_pretrained(run / artifacts.MERGED)
-            bench.tokenizer.save_pretrained(run / artifacts.MERGED)
-    summary = _update_summary(
-        run,
-        {
-            "after": after,
-            "export": {"rank": wrapped.peft_config["default"].r, **check, "kept_energy": compression},
-            "seconds": bench.reporter.seconds,
-            "peak_memory_bytes": peak_memory(),
-            "versions": artifacts.versions(),
-        },
-    )
-    summary = _update_summary(run, {"verdict": verdict(summary)})
-    artifacts.write_text(
-        run / artifacts.ADAPTER / "README.md", card.model_card(summary, artifacts.read_json(run / artifacts.DATA))
-    )
-    return summary
-
-
-def _logits(model: Any, examples: Sequence[Example]) -> Tensor:
-    with torch.no_grad():
-        from .data.examples import collate
-
-        batch = collate(examples).to(model.device)
-        return answer_logits(model, batch)[0].logits.cpu()
-
-
-def check_export(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Largest difference of two models' logits, and the bound it must keep: 1e-4 in float32, else 8 roundings of the largest."""
-    bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps * float(expected.abs().max())
-    difference = float((expected - found).abs().max())
-    if not difference <= bound:
-        raise NumericError(
-            f"export: the adapter on the freshly loaded base differs from the trained model by {difference:.2e} in its "
-            f"logits (at most {bound:.1e} allowed). Nothing was written."
-        )
-    return {"max_logit_difference": difference, "bound": bound}
-
-
-def score_sets(bench: Workbench, model: Any) -> dict[str, Any]:
-    """Probability of the forget and of the scored retain examples under a model."""
-    sets: dict[str, Sequence[Example]] = {"forget": bench.data[0].examples, "retain": bench.scored_retain}
-    with bench.reporter.stage("evaluate", sum(map(len, sets.values()))) as progress:
-        found = {
-            name: _probability(answer_records(model, examples, bench.token_budget, progress))
-            for name, examples in sets.items()
-        }
-    return {name: score.to_json() for name, score in found.items()}
-
-
-def _probability(records: Sequence[Record]) -> Score:
-    return probability([record.mean_nll for record in records])
-
-
-def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """In plain words: is the forget set still known, is the retain set harmed, and what to try."""
-    before, after = summary["before"], summary["after"]
-    known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
-    harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
-    lr = summary["settings"]["lr"]
-    text = "The forget set is forgotten by this measure and the retain set is kept."
-    if known:
-        text = f"The forget set is still known. Try a higher learning rate (--lr {3 * lr:g}), then more --epochs."
-    elif harmed:
-        text = (
-            "The forget set is forgotten, but the retain set suffered. "
-            f"Try a lower learning rate (--lr {lr / 2:g}), a larger --lambda, or more retain rows."
-        )
-    return {"still_known": known, "retain_harmed": harmed, "text": text}
-
-
-# --- run folder -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Start:
-    """Factors per site, and for a regularised init the retain directions per site; also the form of trained factors."""
-
-    factors: dict[Site, Factors]
-    bases: dict[Site, Tensor]
-
-    def check_finite(self) -> None:
-        for site, f in self.factors.items():
-            if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
-                raise NumericError(
-                    f"train: the trained factors of site '{site.name}' are not finite. Nothing was written."
-                )
-
-    def save(self, path: Path) -> None:
-        tensors = {f"{site.name}|{k}": t for site, f in self.factors.items() for k, t in (("B", f.B), ("A", f.A))}
-        tensors |= {f"{site.name}|basis": basis for site, basis in self.bases.items()}
-        about = {
-            "B": "(out, rank)",
-            "A": "(rank, in)",
-            "product": "alpha / rank * B @ A",
-            "basis": "(out, k), orthonormal",
-        }
-        artifacts.write_tensors(path, tensors, about)
-
-    @classmethod
-    def load(cls, path: Path, sites: Sequence[Site]) -> Start:
-        tensors, _ = artifacts.read_tensors(path)
-        chosen = [site for site in sites if f"{site.name}|A" in tensors]
-        factors = {site: Factors(tensors[f"{site.name}|B"], tensors[f"{site.name}|A"]) for site in chosen}
-        bases = {site: tensors[f"{site.name}|basis"] for site in chosen if f"{site.name}|basis" in tensors}
-        return cls(factors, bases)
-
-
-def _update_summary(run: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    path = run / artifacts.SUMMARY
-    summary = (artifacts.read_json(path) if path.is_file() else {}) | values
-    artifacts.write_json(path, summary)
-    return summary
-
-
-def _write_inputs(bench: Workbench, run: Path) -> None:
-    forget, retain = bench.data
-    artifacts.write_yaml(run / artifacts.CONFIG, bench.settings.to_dict())
-    artifacts.write_json(run / artifacts.DATA, {"forget": forget.about(), "retain": retain.about()})
-
-
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-
 def forget(settings: ForgetSettings, reporter: Reporter | None = None) -> Result:
     """The main command: from a model and two files to a checked adapter in `settings.out`.
 
     Nothing is left behind when it fails: UsageError, DataError, NumericError, ResourceError (see errors.py).
     """
-    out = Path(settings.out)
-    artifacts.check_new(out, settings.overwrite)
-    bench = Workbench(settings, reporter)
-    bench.data, bench.sites  # noqa: B018  everything that can be wrong with the input shows here, before a folder exists
-    with artifacts.new_folder(out, settings.overwrite) as run:
-        _write_inputs(bench, run)
+    with _new_run(settings, reporter) as (bench, run):
         start = make_start(bench, run, measure_importance(bench, run))
         summary = export(bench, run, start, train_adapter(bench, run, start))
-    return Result(out, summary)
+    return Result(Path(settings.out), summary)
 
 
 def importance_command(settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 1 alone: a run folder with the settings, the account of the data, and the importance."""
-    out = Path(settings.out)
-    artifacts.check_new(out, settings.overwrite)
-    bench = Workbench(settings, reporter)
-    bench.data, bench.sites  # noqa: B018
-    with artifacts.new_folder(out, settings.overwrite) as run:
-        _write_inputs(bench, run)
+    with _new_run(settings, reporter) as (bench, run):
         measure_importance(bench, run)
-    return out
+    return Path(settings.out)
 
 
 def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
-    """Stage 2 on an existing run, from its importance (or from new activations)."""
-    bench = Workbench(settings, reporter)
+    """Stage 2 on an existing run, from its importance (or from new activations). Later stages' files go."""
+    bench = _reopen(run, settings, reporter, InitSettings, ImportanceSettings, TrainSettings, ExportSettings)
     importance = None
     if bench.measures_importance:
-        artifacts.check_run(run, artifacts.IMPORTANCE)
-        importance = Importance.load(run / artifacts.IMPORTANCE)
-        importance.check_reusable(bench.sites, bench.about(), str(bench.score), bench.probe)
-    else:
-        artifacts.check_run(run)
-    make_start(bench, run, importance)
-    return _finish(bench, run)
+        importance = load_importance(bench, run)
+    with artifacts.changed_run(run, [artifacts.IMPORTANCE]) as changed:
+        _write_inputs(bench, changed)
+        make_start(bench, changed, importance)
+    return run
 
 
 def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
-    """Stage 3 on an existing run, from its init.safetensors."""
+    """Stage 3 on an existing run, from its init.safetensors. Later stages' files go."""
     artifacts.check_run(run, artifacts.START)
-    bench = Workbench(settings, reporter)
-    train_adapter(bench, run, Start.load(run / artifacts.START, bench.sites))
-    return _finish(bench, run)
+    bench = _reopen(run, settings, reporter, TrainSettings, ExportSettings)
+    with artifacts.changed_run(run, [artifacts.IMPORTANCE, artifacts.START]) as changed:
+        _write_inputs(bench, changed)
+        train_adapter(bench, changed, Start.load(changed / artifacts.START, bench.sites))
+    return run
 
 
 def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Result:
     """Stage 4 on an existing run, from its trained.safetensors: another rank, merged weights."""
     artifacts.check_run(run, artifacts.START, artifacts.TRAINED)
-    bench = Workbench(settings, reporter)
+    bench = _reopen(run, settings, reporter, ExportSettings)
     start = Start.load(run / artifacts.START, bench.sites)
-    compensate = any(f.B.any() for f in start.factors.values())
-    wrapped = lora.attach(bench.model, start.factors, settings.rank, settings.alpha, compensate=compensate)
+    wrapped = attach_start(bench, start)
     lora.set_trained(wrapped, Start.load(run / artifacts.TRAINED, bench.sites).factors)
-    summary = export(bench, run, start, wrapped)
-    _finish(bench, run)
+    before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
+    kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
+    with artifacts.changed_run(run, kept) as changed:
+        _write_inputs(bench, changed)
+        update_summary(changed, {"before": before})
+        summary = export(bench, changed, start, wrapped)
     return Result(run, summary)
 
 
-def _finish(bench: Workbench, run: Path) -> Path:
-    artifacts.write_yaml(run / artifacts.CONFIG, bench.settings.to_dict())
-    artifacts.write_manifest(run)
-    return run
+@contextmanager
+def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tuple[Workbench, Path]]:
+    """A checked workbench and the folder of a new run. What is wrong with the input shows before a folder exists."""
+    out = Path(settings.out)
+    artifacts.check_new(out, settings.overwrite)
+    bench = Workbench(settings, reporter)
+    bench.prepare()
+    with artifacts.new_folder(out, settings.overwrite) as run:
+        _write_inputs(bench, run)
+        yield bench, run
+
+
+def _reopen(run: Path, settings: ForgetSettings, reporter: Reporter | None, *stages: type[Settings]) -> Workbench:
+    """A workbench on an existing run. Only settings of `stages` may differ from the run's; data and model may not."""
+    artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY)
+    stored = artifacts.read_yaml(run / artifacts.CONFIG)
+    may_change = ANY_TIME | {f.name.rstrip("_") for stage in stages for f in fields(stage)}
+    for name, value in settings.located().items():
+        if name not in may_change and value != stored.get(name):
+            raise UsageError(f"{flag(name)} is settled by an earlier stage of {run}; start a new run to change it.")
+    bench = Workbench(settings, reporter)
+    bench.prepare()
+    for name, part in zip(("forget", "retain"), bench.data, strict=True):
+        if part.about()["sha256"] != artifacts.read_json(run / artifacts.DATA)[name]["sha256"]:
+            raise DataError(f"--{name} {part.source}: the rows have changed since {run} was made; start a new run.")
+    if bench.fingerprint["files"] != artifacts.read_json(run / artifacts.SUMMARY)["base"]["files"]:
+        raise DataError(f"--model {settings.model}: the weights have changed since {run} was made; start a new run.")
+    return bench
+
+
+def _write_inputs(bench: Workbench, run: Path) -> None:
+    settings = bench.settings.located()
+    artifacts.write_yaml(run / artifacts.CONFIG, settings)
+    artifacts.write_json(
+        run / artifacts.DATA, dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
+    )
+    update_summary(run, {"base": bench.fingerprint, "settings": settings})

@@ -17,6 +17,7 @@ class RateColumn(ProgressColumn):
     """Rows or steps per second."""
 
     def render(self, task: Task) -> Text:
+        """The mean rate so far."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="progress.data.speed")
 
@@ -27,6 +28,7 @@ class Reporter:
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.seconds: dict[str, float] = {}
+        self.waiting: list[str] | None = None
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
@@ -47,11 +49,27 @@ class Reporter:
         took = time.perf_counter() - began
         self.seconds[name] = self.seconds.get(name, 0.0) + took
         amount = f"{total} {unit} in {took:.1f} s ({total / took:.0f} {unit}/s)" if total else f"{took:.1f} s"
-        self.console.print(f"{name:<12} {amount}")
+        self.note(f"{name:<12} {amount}")
 
     def note(self, text: str) -> None:
         """One line that stays. Markup in it is not interpreted."""
-        self.console.print(text, markup=False)
+        if self.waiting is None:
+            self.console.print(text, markup=False, soft_wrap=True)
+        else:
+            self.waiting.append(text)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Print the lines of the block only when it ends well, so that an error in it stands alone."""
+        self.waiting = []
+        try:
+            yield
+        except BaseException:
+            self.waiting = None
+            raise
+        lines, self.waiting = self.waiting, None
+        for line in lines:
+            self.note(line)
 
 
 def peak_memory() -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Sites: the linear maps an adapter can sit on, their weights, and a tap that sees what flows through them.
 
-A site is one matrix W of shape (out, in): a linear layer, GPT-2's Conv1D (stored transposed), a fused qkv projection, or one
-expert of a mixture that keeps all experts in a single 3-D parameter.
+A site is one matrix W of shape (out, in): a linear layer, GPT-2's Conv1D (stored transposed), a fused qkv projection,
+or one expert of a mixture that keeps all experts in a single 3-D parameter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -66,8 +67,9 @@ def all_sites(model: PreTrainedModel) -> list[Site]:
 def find_sites(model: PreTrainedModel, targets: Sequence[str] = ("all",), exclude: Sequence[str] = ()) -> list[Site]:
     """The sites whose name matches a pattern of `targets` and none of `exclude`.
 
-    A pattern is a shell-style glob compared with the whole name or with its end: `q_proj`, `layers.3.*`, `*.mlp.*`; `all`
-    stands for every site. A pattern that matches nothing is an error, because a misspelt target would silently be left out.
+    A pattern is a site's name, or a shell-style glob compared with the whole name or with its end: `q_proj`,
+    `layers.3.*`, `*.mlp.*`; `all` stands for every site. A pattern that matches nothing is an error, because a misspelt
+    target would silently be left out.
     """
     sites = all_sites(model)
     for pattern in (*targets, *exclude):
@@ -88,6 +90,8 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = ("all",), exclud
 
 def _matches(site: Site, pattern: str) -> bool:
     names = (site.module, site.name, f"{site.module}.{site.parameter}")
+    if any(f".{n}".endswith(f".{pattern}") for n in names):  # literally: a glob would read `[3]` as a set of letters
+        return True
     return any(fnmatch.fnmatchcase(n, p) for n in names for p in (pattern, f"*.{pattern}"))
 
 
@@ -123,29 +127,46 @@ def tap(
 ) -> Iterator[None]:
     """Within the context, call back for every site at every pass of the model; the model itself is not changed.
 
-    `forward(site, x, y)` sees inputs x (examples, tokens, in) and outputs y (examples, tokens, out) and may return what is to
-    be added to y. `backward(site, x, d)` sees the inputs and the loss gradient d with respect to the outputs. For an expert,
-    tokens that were routed elsewhere are zero in x, y and d. With `backward`, the graph starts at the lowest site: nothing
-    below it is recorded, and no weight needs a gradient.
+    `forward(site, x, y)` sees inputs x (examples, tokens, in) and outputs y (examples, tokens, out) and may return what
+    is to be added to y. `backward(site, x, d)` sees the inputs and the loss gradient d with respect to the outputs. For
+    an expert, tokens that were routed elsewhere are zero in x, y and d. With `backward`, the graph starts at the lowest
+    site: nothing below it is recorded, and no weight gets a gradient. Within the context the model is in evaluation
+    mode and frozen.
     """
     chosen: dict[str, list[Site]] = {}
     for site in sites:
         chosen.setdefault(site.module, []).append(site)
-    rows = [0]  # examples in the current forward pass
+    size = [0, 0]  # examples and (padded) tokens per example in the current forward pass
     with ExitStack() as stack:
+        stack.enter_context(_at_rest(model))
 
         def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            rows[0] = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[0]
+            size[:] = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape
 
         stack.callback(model.register_forward_pre_hook(remember, with_kwargs=True).remove)
         experts = [name for name, group in chosen.items() if group[0].parameter is not None]
         if experts:
-            stack.enter_context(_tapped_experts(model, {n: chosen[n] for n in experts}, rows, forward, backward))
+            stack.enter_context(_tapped_experts(model, {n: chosen[n] for n in experts}, size, forward, backward))
         for name, group in chosen.items():
             if name not in experts:
-                hook = _linear_hook(group[0], rows, forward, backward)
+                hook = _linear_hook(group[0], size, forward, backward)
                 stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
+
+
+@contextmanager
+def _at_rest(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout and no parameter gradients; each module's mode and each parameter's flag as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -159,9 +180,9 @@ class _Layout:
 def _listen(
     site: Site, x: Tensor, y: Tensor, layout: _Layout, forward: Forward | None, backward: Backward | None
 ) -> Tensor:
-    """Call `forward` now, arrange for `backward` to be called with y's gradient, and return the outputs to go on with."""
-    x = x.detach()
-    extra = forward(site, layout.spread(x), layout.spread(y.detach())) if forward else None
+    """Call `forward` now, arrange for `backward` to be called with y's gradient, and return the outputs to use."""
+    extra = forward(site, layout.spread(x), layout.spread(y)) if forward else None
+    x = x.detach()  # for `backward` alone: what `forward` adds is part of the model, gradients flow through it to x
     if extra is not None:
         y = y + layout.gather(extra).to(y.dtype)
     if backward is not None:
@@ -171,15 +192,25 @@ def _listen(
     return y
 
 
-def _linear_hook(site: Site, rows: list[int], forward: Forward | None, backward: Backward | None) -> Callable:
+def _sees_whole_examples(shape: torch.Size, examples: int, tokens: int) -> bool:
+    """Whether outputs are laid out example by example: (examples, ..., out) or all tokens in a row, (..., tokens, out).
+
+    A count alone would not do: one that happens to divide by the number of examples would mix their gradients.
+    """
+    if len(shape) > 2 and shape[0] == examples:
+        return True
+    return set(shape[:-2]) <= {1} and len(shape) > 1 and shape[-2] == examples * tokens
+
+
+def _linear_hook(site: Site, size: list[int], forward: Forward | None, backward: Backward | None) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        examples = rows[0]
-        if output.numel() // output.shape[-1] % examples or output.dim() < 2:
-            raise UsageError(
-                f"Layer '{site.name}' does not see whole examples (outputs of shape {tuple(output.shape)} for {examples} "
-                "examples), so it cannot be measured; leave it out with --exclude."
-            )
+        examples, tokens = size
         shape = output.shape  # not the tensor: a hook that holds its own output is a cycle that keeps the whole graph
+        if not _sees_whole_examples(shape, examples, tokens):
+            raise UsageError(
+                f"Layer '{site.name}' does not see whole examples (outputs of shape {tuple(shape)} for {examples} "
+                f"examples of {tokens} tokens), so it cannot be measured; leave it out with --exclude."
+            )
         layout = _Layout(lambda t: t.reshape(examples, -1, t.shape[-1]), lambda t: t.reshape(shape))
         return _listen(site, args[0], output, layout, forward, backward)
 
@@ -190,28 +221,28 @@ def _linear_hook(site: Site, rows: list[int], forward: Forward | None, backward:
 def _tapped_experts(
     model: PreTrainedModel,
     chosen: dict[str, list[Site]],
-    rows: list[int],
+    size: list[int],
     forward: Forward | None,
     backward: Backward | None,
 ) -> Iterator[None]:
-    """Run the mixture layers through our own experts function, one matrix product per expert, with the tap in between."""
+    """Run the mixture layers through our own experts function, one matrix product per expert, with the tap between."""
     table = {id(model.get_submodule(n)): {(s.parameter, s.expert): s for s in group} for n, group in chosen.items()}
 
-    def linear(module: nn.Module, parameter: str, expert: int, x: Tensor, tokens: Tensor, total: int) -> Tensor:
+    def linear(module: Any, parameter: str, expert: int, x: Tensor, tokens: Tensor, total: int) -> Tensor:
         matrix = getattr(module, parameter)[expert]
         bias = getattr(module, f"{parameter}_bias")[expert] if module.has_bias else None
         y = nn.functional.linear(x, matrix.T if module.is_transposed else matrix, bias)
         site = table.get(id(module), {}).get((parameter, expert))
         if site is None:
             return y
-        examples = rows[0]
+        examples = size[0]
         layout = _Layout(
             lambda t: t.new_zeros(total, t.shape[-1]).index_copy(0, tokens, t).view(examples, -1, t.shape[-1]),
             lambda t: t.reshape(total, -1)[tokens],
         )
         return _listen(site, x, y, layout, forward, backward)
 
-    def experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden)
         first = "gate_up_proj" if module.has_gate else "up_proj"
         for expert in range(module.num_experts):
@@ -227,9 +258,10 @@ def _tapped_experts(
         return result
 
     before = model.get_experts_implementation()
-    ALL_EXPERTS_FUNCTIONS.register(TAPPED_EXPERTS, experts)
-    model.set_experts_implementation(TAPPED_EXPERTS)
+    ALL_EXPERTS_FUNCTIONS[TAPPED_EXPERTS] = experts
     try:
+        model.set_experts_implementation(TAPPED_EXPERTS)
         yield
     finally:
         model.set_experts_implementation(before)
+        del ALL_EXPERTS_FUNCTIONS[TAPPED_EXPERTS]  # it holds the listeners, and they hold what they gathered

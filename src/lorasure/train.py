@@ -1,41 +1,48 @@
-"""The loop: forget and retain rows in one forward pass, averages by global counts, one optimizer. Losses are functions."""
+"""The loop: forget and retain rows in one forward pass, averages by global counts. Losses are functions."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import OptimizerSettings
 from .data.examples import Example, collate, micro_batches
 from .data.pairing import pairs
-from .errors import NumericError, ResourceError
+from .errors import NumericError, ResourceError, UsageError
 from .forward import answer_hidden, answer_logits, answer_records, base_of
 from .losses.forget import LossFunction, needs
 
-SCHEDULES = ("linear", "cosine", "constant")
+# Our name -> transformers' name: its plain "constant" has no warm-up.
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 Sums = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What must stay together in one forward pass: the sequences of one row in one term (`forget`, `retain`, `learn`)."""
+    """What must stay in one forward pass: the sequences of one row in one term (`forget`, `retain`, `learn`)."""
 
     term: str
     index: int
     sequences: tuple[Example, ...]
 
     @property
-    def cost(self) -> int:
-        """Padded tokens."""
-        return len(self.sequences) * max(map(len, self.sequences))
+    def width(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
 
 
 Objective = Callable[[Any, Sequence[Unit]], Sums]
@@ -45,8 +52,8 @@ Objective = Callable[[Any, Sequence[Unit]], Sums]
 class ForgetObjective:
     """Forget and retain loss of a micro-batch, each summed over its examples.
 
-    `reference` and `refusal_reference` (forget rows,) are summed NLLs and `retain_hidden` final hidden states per retain
-    row, all of the original model: computed once, because they never change. `retain_function` None: no retain rows.
+    Of the original model, computed once because they never change: `constants`, summed NLLs in nats (forget rows,), and
+    `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `retain_function` None: no retain rows.
     """
 
     forget: Sequence[Example]
@@ -155,87 +162,119 @@ def fit(
     The loss of a step is the sum over terms of weight x (sum over its examples / number of its examples in the *whole*
     step), so cutting a step into other micro-batches changes nothing but the order of summation. `penalty` is added
     once per step. `on_step` gets one record per step. Raises NumericError at the first non-finite value, before the
-    optimizer uses it.
+    optimizer uses it. The model is in evaluation mode throughout and afterwards, because dropout in the base would make
+    the start differ from the original model.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-    scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * len(steps)), len(steps))
-    _prepare(model, settings.gradient_checkpointing)
+    warmup = round(settings.warmup * len(steps))
+    scheduler = get_scheduler(SCHEDULES[settings.schedule], optimizer, warmup, len(steps))
+    model.eval()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    weights = term_weights or {}
-    for number, step in enumerate(steps, start=1):
-        began = time.perf_counter()
-        counts = Counter(unit.term for unit in step)
-        means: dict[str, Tensor] = {}
-        for group in micro_batches([unit.cost for unit in step], token_budget):
+    with _checkpointed(base_of(model)) if settings.gradient_checkpointing else nullcontext():
+        for number, step in enumerate(steps, start=1):
+            began = time.perf_counter()
             try:
-                sums = objective(wrapped, [step[i] for i in group])
-                terms = {name: value / counts[name] for name, value in sums.items()}
-                accelerator.backward(sum(weights.get(name, 1.0) * value for name, value in terms.items()))
+                means = _backward(accelerator, partial(objective, wrapped), step, token_budget, term_weights or {})
+                if penalty:
+                    means["penalty"] = penalty()
+                    accelerator.backward(means["penalty"])
+                losses = {name: value.item() for name, value in means.items()}
+                norm = _finite_norm(number, losses, parameters)
+                clip_grads_with_norm_(parameters.values(), settings.max_grad_norm, norm)
+                rate = scheduler.get_last_lr()[0]
+                optimizer.step()
             except torch.OutOfMemoryError as error:
                 raise ResourceError(_out_of_memory(number, token_budget)) from error
-            for name, value in terms.items():
-                means[name] = means.get(name, 0) + value.detach()
-        if penalty:
-            means["penalty"] = penalty()
-            accelerator.backward(means["penalty"])
-        norm = accelerator.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-        losses = {name: value.item() for name, value in means.items()}
-        _check_finite(number, losses, float(norm), parameters)
-        rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if on_step:
-            seconds = time.perf_counter() - began
-            tokens = sum(len(e) for unit in step for e in unit.sequences)
-            on_step(
-                {"step": number, "lr": rate, **losses, "grad_norm": float(norm), "tokens": tokens, "seconds": seconds}
-            )
-    model.eval()
+            scheduler.step()
+            optimizer.zero_grad()
+            if on_step:
+                tokens = sum(len(e) for unit in step for e in unit.sequences)
+                spent = {"grad_norm": norm.item(), "tokens": tokens, "seconds": time.perf_counter() - began}
+                on_step({"step": number, "lr": rate, **losses, **spent})
 
 
-def _prepare(model: nn.Module, gradient_checkpointing: bool) -> None:
-    """Evaluation mode throughout: dropout in the base would make the start differ from the original model.
+def _backward(
+    accelerator: Accelerator,
+    objective: Callable[[Sequence[Unit]], Sums],
+    step: Sequence[Unit],
+    token_budget: int,
+    term_weights: Mapping[str, float],
+) -> Sums:
+    """Add the gradient of one step's loss, micro-batch by micro-batch; the mean of every term over the whole step."""
+    counts = Counter(unit.term for unit in step)
+    rows = max(len(unit.sequences) for unit in step)
+    means: Sums = {}
+    for group in micro_batches([unit.width for unit in step], token_budget // rows):
+        sums = objective([step[i] for i in group])
+        terms = {name: value / counts[name] for name, value in sums.items()}
+        accelerator.backward(torch.stack([term_weights.get(name, 1.0) * value for name, value in terms.items()]).sum())
+        for name, value in terms.items():
+            means[name] = means.get(name, 0) + value.detach()
+    return means
 
-    Checkpointing works in training mode only, so there dropout is switched off instead.
+
+def _finite_norm(step: int, losses: Mapping[str, float], parameters: Mapping[str, Tensor]) -> Tensor:
+    """Norm of the whole gradient. Raises NumericError naming the term or the parameter that is not finite.
+
+    To be called before clipping, which would spread one NaN over every gradient.
     """
-    model.eval()
-    if not gradient_checkpointing:
-        return
-    base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-
-
-def _check_finite(step: int, losses: Mapping[str, float], norm: float, parameters: Mapping[str, Tensor]) -> None:
     for name, value in losses.items():
-        if not torch.isfinite(torch.tensor(value)):
+        if not math.isfinite(value):
             raise NumericError(
                 f"train: the {name} loss is {value} at step {step}. Nothing was written; try a lower --lr."
             )
-    if torch.isfinite(torch.tensor(norm)):
-        return
-    bad = next((n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()), "all")
-    raise NumericError(f"train: the gradient of {bad} is not finite at step {step}. Nothing was written.")
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    norm = get_total_norm(gradients.values())
+    if not torch.isfinite(norm):
+        bad = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "all together")
+        raise NumericError(f"train: the gradient of {bad} is not finite at step {step}. Nothing was written.")
+    return norm
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Within the context, the backward pass recomputes each layer's activations, and dropout stays off.
+
+    transformers recomputes only layers in training mode, so a layer is in that mode except while it runs.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it.")
+    for layer in layers:
+        layer.gradient_checkpointing = layer.training = True
+        setattr(layer, "_gradient_checkpointing_func", partial(_recomputed, layer))  # noqa: B010  not declared
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
+            del layer._gradient_checkpointing_func
+
+
+def _recomputed(layer: nn.Module, forward: Callable, *args: Any) -> Any:
+    def without_dropout(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(without_dropout, *args, use_reentrant=False)
 
 
 def _out_of_memory(step: int, token_budget: int) -> str:
     return (
-        f"train: out of memory at step {step} with --tokens-per-batch {token_budget}. Halve it (the result stays the same), "
-        "or add --gradient-checkpointing true."
+        f"train: out of memory at step {step} with --tokens-per-batch {token_budget}. Halve it (the result stays the "
+        "same), or add --gradient-checkpointing true."
     )
 
 
-def retain_penalty(parameters: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """ReGLU's regulariser .5 sum over sites ||B^T P||_F^2, from site -> (trainable B (out, r), retain directions P (out, k)).
+def retain_penalty(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """ReGLU's regulariser .5 sum over sites ||B^T P||_F^2; each pair is a site's trainable B (out, r) and P (out, k).
 
-    It keeps what the adapter writes out of the directions that retain outputs use. Paper: arXiv 2604.17396.
+    It keeps what the adapter writes out of the directions P that retain outputs use. Paper: arXiv 2604.17396.
     """
-    return 0.5 * torch.stack([(b.T @ p).square().sum() for b, p in parameters.values()]).sum()
+    return 0.5 * torch.stack([(b.T @ p).square().sum() for b, p in pairs]).sum()

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ForgetSettings
-from .data.encode import TEMPLATES, refusal_rows
+from .data.encode import QUESTION, TEMPLATES, refusal_rows
 from .data.examples import Example
 from .data.load import DataSet, encode_rows, load_data, rows_hash
 from .data.pairing import PAIRINGS, sample
@@ -18,11 +18,19 @@ from .data.readers import check_disjoint
 from .errors import UsageError
 from .importance.collect import Probe
 from .importance.scores import SCORES, SPACES, check_pair
-from .init.apply import INITS, Init, Request, check_rank
+from .init.apply import INITS, Init, Request, check_rank, plain
 from .init.low_rank import SOLVERS, SPLITS
 from .losses.forget import FORGET_LOSSES, LossFunction, bind
 from .losses.retain import RETAIN_LOSSES
-from .models import check_model_folder, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .models import (
+    check_model_folder,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    pick_token_budget,
+)
 from .progress import Reporter
 from .registry import lookup
 from .sites import Site, find_sites
@@ -41,16 +49,24 @@ class Workbench:
         self.dtype = pick_dtype(settings.dtype, self.device)
         self.token_budget = pick_token_budget(settings.tokens_per_batch, self.device)
 
+    def prepare(self) -> None:
+        """Read the data and load the model now: everything that can be wrong with the input shows here, on one line."""
+        with self.reporter.held():
+            _ = self.data, self.sites, self.fingerprint
+
     @property
     def init(self) -> Init:
+        """The row of INITS."""
         return INITS[self.settings.init]
 
     @property
     def score(self) -> str | None:
+        """The score to use: the user's, else the initialisation's own."""
         return self.settings.score or self.init.score
 
     @property
     def probe(self) -> Probe:
+        """How gradients are measured."""
         s = self.settings
         space = s.space or self.init.space or "lora"
         return Probe(space, s.probe_rank or s.rank, s.sigma, s.alpha / s.rank, s.seed)
@@ -62,15 +78,18 @@ class Workbench:
 
     @property
     def request(self) -> Request:
+        """What is wanted of a start."""
         s = self.settings
         return Request(s.rank, s.alpha / s.rank, s.solver, s.balance, s.compat is not None, s.seed)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer."""
         return load_tokenizer(self.settings.model, self.settings.revision)
 
     @cached_property
     def model(self) -> PreTrainedModel:
+        """The base, loaded once."""
         with self.reporter.stage("load model"):
             return self.fresh_model()
 
@@ -81,6 +100,7 @@ class Workbench:
 
     @cached_property
     def sites(self) -> list[Site]:
+        """The layers that --targets and --exclude leave, each large enough for --rank."""
         found = find_sites(self.model, _patterns(self.settings.targets), _patterns(self.settings.exclude))
         check_rank(found, self.settings.rank)
         return found
@@ -106,7 +126,7 @@ class Workbench:
 
     @property
     def scored_retain(self) -> list[Example]:
-        """The retain examples whose probability is reported before and after, seeded: as many as forget rows, 100 at least."""
+        """The retain examples whose probability is reported, seeded: as many as forget rows, but 100 at least."""
         forget, retain = (part.examples for part in self.data)
         return [retain[i] for i in sample(len(retain), min(len(retain), max(100, len(forget))), self.settings.seed + 1)]
 
@@ -126,7 +146,8 @@ class Workbench:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.model, self.settings.model)
+        """Which model this is."""
+        return fingerprint(self.model, self.settings.located()["model"])
 
     def objective(self) -> ForgetObjective:
         """The forget and retain loss over the data, refusals included where the loss wants them."""
@@ -151,6 +172,12 @@ def loss_functions(settings: ForgetSettings) -> tuple[LossFunction, LossFunction
     return bind(settings.loss, row.function, {"beta": settings.beta, "delta": settings.delta}), retain.function
 
 
+def check_template(template: str) -> None:
+    """A name in TEMPLATES, or the user's own text."""
+    if QUESTION not in template:
+        lookup(TEMPLATES, template, "--template")
+
+
 def check_names(settings: ForgetSettings) -> None:
     """Every name in the settings is one we know, and they go together. Raises UsageError."""
     init = lookup(INITS, settings.init, "initialisation")
@@ -165,11 +192,13 @@ def check_names(settings: ForgetSettings) -> None:
     ):
         if name is not None:
             lookup(table, name, what)
-    if "{question}" not in settings.template:
-        lookup(TEMPLATES, settings.template, "--template")
+    check_template(settings.template)
     score, space = settings.score or init.score, settings.space or init.space
     if score and space:
         check_pair(score, space)
+    exact = settings.rank * (1 if init.function is plain else 2)  # any other start needs a frozen second half
+    if settings.export_rank and settings.export_rank > exact:
+        raise UsageError(f"--export-rank must be in [1, {exact}] (the exact rank), got {settings.export_rank}.")
     if settings.coverage < 1 and not (score and space):
         raise UsageError(
             f"--coverage below 1 ranks layers by importance, which --init {settings.init} does not measure; "

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..config import ModelSettings
 from .encode import Encoded, encode
 from .examples import Example, Row
-from .readers import Layout, Rows, read_rows
+from .readers import Rows, read_rows
+from .rows import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ class DataSet:
 
     @property
     def examples(self) -> tuple[Example, ...]:
+        """The rows as tokens, in row order."""
         return self.encoded.examples
 
     def about(self) -> dict[str, Any]:
@@ -69,4 +71,5 @@ def load_data(source: str, settings: ModelSettings, tokenizer: PreTrainedTokeniz
 def encode_rows(rows: Sequence[Row], settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Tokenize rows by the settings."""
     s = settings
-    return encode(rows, tokenizer, template=s.template, max_length=s.max_length, stride=s.stride)
+    template = s.template.replace("\\n", "\n")  # a shell passes the two characters on
+    return encode(rows, tokenizer, template=template, max_length=s.max_length, stride=s.stride or s.max_length // 2)

@@ -7,48 +7,16 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, ResourceError, UsageError
+from ..errors import DataError, ResourceError
 from .examples import Row
+from .rows import AUTO, Layout, to_row
 
 Record = tuple[int, Any]  # the line or row number, counted from 1, and what stands there
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which columns hold what. A column that is not named here is recognised by its usual names."""
-
-    prompt_key: str | None = None
-    """Column with the question or prompt."""
-    answer_key: str | None = None
-    """Column with the answer, which is what is forgotten or retained."""
-    text_key: str | None = None
-    """Column with running text, instead of a prompt and an answer."""
-    group_key: str | None = None
-    """Column that says which rows belong together (an author, a topic); `group` is taken when it exists."""
-
-    def __post_init__(self) -> None:
-        if self.text_key and (self.prompt_key or self.answer_key):
-            raise UsageError(
-                "text_key cannot be combined with prompt_key or answer_key: a row is text or it has a prompt."
-            )
-
-
-AUTO = Layout()
-
-# (prompt column, answer column) -> kind of row. The first pair that a row has decides. Only `completion` promises that
-# both parts can be joined as they are; the others need a template between them.
-PAIRS = {
-    ("question", "answer"): "qa",
-    ("prompt", "completion"): "completion",
-    ("prompt", "response"): "qa",
-    ("instruction", "output"): "qa",
-}
-ACCEPTED = ", ".join([*(f"{p} + {a}" for p, a in PAIRS), "messages", "text"])
 
 
 @dataclass(frozen=True)
@@ -81,7 +49,7 @@ def read_rows(source: str | Path, layout: Layout = AUTO) -> Rows:
     skipped: list[tuple[str, str]] = []
     duplicates: list[tuple[str, str]] = []
     for line, record in records:
-        row, blank = _row(record, source, line, layout)
+        row, blank = to_row(record, source, line, layout)
         if blank:
             skipped.append((row.place, f"blank {blank}"))
         elif (known := first.setdefault(_identity(row), row)) is not row:
@@ -109,104 +77,6 @@ def _identity(row: Row) -> tuple[Any, ...]:
 def _meaning(row: Row) -> tuple[str, ...]:
     prompt = " ".join([row.prompt, *(m["content"] for m in row.messages)])
     return tuple(" ".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in (prompt, row.answer))
-
-
-# --- one record -> one row
-
-
-def _row(record: Any, source: str, line: int, layout: Layout) -> tuple[Row, str | None]:
-    """The row, and the name of the column that is blank and must not be (None if all is well)."""
-    place = f"{source}:{line}"
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: expected an object with named values, found {_type(record)}.")
-    kind, prompt_key, answer_key = _columns(record, layout, place)
-    used = {prompt_key, answer_key, layout.group_key or "group"}
-    messages: tuple[dict[str, str], ...] = ()
-    if kind == "chat":
-        prompt, (messages, answer) = "", _messages(record[answer_key], place)
-    else:
-        prompt, answer = (_text(record[key], key, place) if key else "" for key in (prompt_key, answer_key))
-    if prompt_key == "instruction" and "input" in record:
-        used.add("input")
-        prompt = "\n".join(filter(str.strip, [prompt, _text(record["input"], "input", place)]))
-    extra = {key: value for key, value in record.items() if key not in used}
-    row = Row(prompt, answer, source, line, kind, messages, _group(record, layout, place), extra)
-    blank = answer_key if not answer.strip() else prompt_key if kind == "qa" and not prompt.strip() else None
-    return row, blank
-
-
-def _columns(record: Mapping[str, Any], layout: Layout, place: str) -> tuple[str, str, str]:
-    """(kind, prompt column or "", answer column) of this record."""
-    prompt, answer = layout.prompt_key, layout.answer_key
-    if layout.text_key:
-        found = ("text", "", layout.text_key)
-    elif prompt or answer:
-        prompt = prompt or next((p for p, _ in PAIRS if p in record), "question")
-        answer = answer or next((a for _, a in PAIRS if a in record), "answer")
-        found = (PAIRS.get((prompt, answer), "qa"), prompt, answer)
-    elif pair := next((pair for pair in PAIRS if record.keys() >= set(pair)), None):
-        found = (PAIRS[pair], *pair)
-    else:
-        found = ("chat", "", "messages") if "messages" in record else ("text", "", "text")
-    missing = [key for key in found[1:] if key and key not in record]
-    if not missing:
-        return found
-    named = prompt or answer or layout.text_key
-    wanted = " and ".join(missing) if named else f"one of: {ACCEPTED} (or set prompt_key, answer_key or text_key)"
-    raise DataError(f"{place}: found the columns {_names(record)}; expected {wanted}.")
-
-
-def _names(record: Mapping[str, Any], most: int = 12) -> str:
-    """Column names for a message. A CSV without a header has row text in their place, so only plain names are shown."""
-    shown = [k if re.fullmatch(r"[\w-]{1,32}", k) else f"<{len(k)} characters>" for k in list(record)[:most]]
-    return ", ".join(shown + ["..."] * (len(record) > most)) or "(none)"
-
-
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def _text(value: Any, key: str, place: str) -> str:
-    """`value` as text; null counts as blank. Numbers are refused: 1956 and "1956.0" would become different answers."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {key} must be text, found {_type(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: {key} holds half of a surrogate pair at character {error.start}.") from None
-    return value
-
-
-def _group(record: Mapping[str, Any], layout: Layout, place: str) -> str | None:
-    key = layout.group_key or "group"
-    if layout.group_key and key not in record:
-        raise DataError(f"{place}: found the columns {_names(record)}; expected {key} (group_key).")
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise DataError(f"{place}: {key} must be text or a whole number, found {_type(value)}.")
-    return None if value is None else str(value)
-
-
-def _messages(value: Any, place: str) -> tuple[tuple[dict[str, str], ...], str]:
-    """The messages before the last, and the content of the last, which must come from the assistant."""
-    if not isinstance(value, list) or len(value) < 2:
-        found = f"a list of {len(value)}" if isinstance(value, list) else _type(value)
-        raise DataError(f"{place}: messages must be a list of at least two messages, found {found}.")
-    messages = [_message(item, f"message {number}", place) for number, item in enumerate(value, 1)]
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{place}: the last message must have the role assistant.")
-    return tuple(messages[:-1]), messages[-1]["content"]
-
-
-def _message(item: Any, name: str, place: str) -> dict[str, str]:
-    present = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
-    if present.keys() != {"role", "content"}:
-        found = _names(present) if present else _type(item)
-        raise DataError(f"{place}: {name} must have role and content and nothing else, found {found}.")
-    return {key: _text(present[key], f"the {key} of {name}", place) for key in ("role", "content")}
 
 
 # --- one source -> records

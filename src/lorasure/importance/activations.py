@@ -1,4 +1,4 @@
-"""Second moments of what a site reads or writes, for the initialisations that choose directions (ReGLU and `inputs`)."""
+"""Second moments of what a site reads or writes, for initialisations that choose directions (ReGLU and `inputs`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def second_moments(
     """C = E[z z^T] over all real tokens (prompt and answer, padding left out), uncentred, per site, float32.
 
     z is the site's output including its bias (shape of C: (out, out)), or with `of_inputs` its input ((in, in)). For an
-    expert the mean runs over all tokens of the data, those routed elsewhere counting as zero. Paper: ReGLU, arXiv 2604.17396.
+    expert the mean runs over all tokens of the data, those routed elsewhere counting as zero. Paper: ReGLU, arXiv
+    2604.17396.
     """
     total: dict[str, Tensor] = {}
     tokens = 0

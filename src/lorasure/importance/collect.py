@@ -1,8 +1,8 @@
 """Model + batches -> moments of per-example gradients, by hooks, in one forward and one backward pass.
 
-For one example with layer inputs X (tokens, in) and output gradients D (tokens, out), the gradient of W is D^T X. With LoRA
-factors B (out, k), A (k, in) added in such a way that the model's function does not change, the factors' gradients are
-s D^T (X A^T) and s (D B)^T X of the *unchanged* X and D. So no adapter is built, no weight needs a gradient, and
+For one example with layer inputs X (tokens, in) and output gradients D (tokens, out), the gradient of W is D^T X. With
+LoRA factors B (out, k), A (k, in) added in such a way that the model's function does not change, the factors' gradients
+are s D^T (X A^T) and s (D B)^T X of the *unchanged* X and D. So no adapter is built, no weight needs a gradient, and
 the model measured is exactly the model. The published code adds its random probe to the model uncompensated.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.examples import Example, collate, micro_batches
-from ..errors import NumericError
+from ..errors import NumericError, UsageError
 from ..forward import Progress, answer_logits
 from ..sites import Site, tap
 from .moments import Moments
@@ -114,11 +114,12 @@ def backward(model: PreTrainedModel, batch: Sequence[Example]) -> None:
     if not torch.isfinite(losses).all():
         worst = int((~torch.isfinite(losses)).nonzero()[0])
         raise NumericError(f"importance: the model's loss on {batch[worst].place} is {losses[worst].item()}.")
-    losses.sum().backward()
+    if losses.requires_grad:  # else no token was routed to any of the experts that are listened to
+        losses.sum().backward()
 
 
 def _complete(result: SetMoments, sites: Sequence[Site], probe: Probe, count: int, device: torch.device) -> None:
-    """Examples that never reached a site (experts) have gradient zero there: count them, or the mean would be too large."""
+    """Count the examples that never reached a site (an expert) as gradients of zero, or the mean would be too large."""
     for site in sites:
         if site.name not in result:
             zero = torch.zeros(1, 1, site.shape[1], device=device), torch.zeros(1, 1, site.shape[0], device=device)
@@ -126,6 +127,11 @@ def _complete(result: SetMoments, sites: Sequence[Site], probe: Probe, count: in
             result[site.name] = {name: Moments.empty(value.shape[1:], device) for name, value in values.items()}
         for kept in result[site.name].values():
             missing = count - kept.count
+            if missing < 0:
+                raise UsageError(
+                    f"Layer '{site.name}' is used more than once per pass, so its gradients come in parts and cannot "
+                    "be measured; leave it out with --exclude."
+                )
             if missing:
                 zeros = torch.zeros_like(kept.mean)
                 kept.merge(Moments(missing, zeros, zeros.clone(), zeros.clone()))

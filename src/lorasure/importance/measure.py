@@ -123,5 +123,8 @@ def measure(
     if paper_code:
         sets = paper_moments(model, sites, forget, retain, probe, score=score, progress=progress)
         return Importance(score, probe, *sets, floor=EPSILON, about=about or {})
-    found = [moments(model, sites, e, probe, token_budget=token_budget, progress=progress) for e in (forget, retain)]
-    return Importance(score, probe, *found, about=about or {})
+    sets = (
+        moments(model, sites, forget, probe, token_budget=token_budget, progress=progress),
+        moments(model, sites, retain, probe, token_budget=token_budget, progress=progress),
+    )
+    return Importance(score, probe, *sets, about=about or {})

@@ -1,10 +1,10 @@
 """`--compat paper-code`: the arithmetic of the public FILA and VILA scripts, so that their numbers can be checked.
 
-What differs from ours, all kept here on purpose: the gradient is that of a *batch's* mean loss and its moments are weighted by
-the batch's token count, so they change with the batch size; the random probe is added to the model and not compensated, so
-another model is measured; ten passes over the data; retain rows drawn uniformly with replacement; VILA's variances are divided
-by the token count a second time; an absolute epsilon of 1e-5 in the ratio. Our only departure: sums are kept in float32, where
-the scripts sum in the model's dtype.
+What differs from ours, all kept here on purpose: the gradient is that of a *batch's* mean loss and its moments are
+weighted by the batch's token count, so they change with the batch size; the random probe is added to the model and not
+compensated, so another model is measured; ten passes over the data; retain rows drawn uniformly with replacement;
+VILA's variances are divided by the token count a second time; an absolute epsilon of 1e-5 in the ratio. Our only
+departure: sums are kept in float32, where the scripts sum in the model's dtype.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def paper_moments(
     score: str,
     progress: Progress | None = None,
 ) -> tuple[SetMoments, SetMoments]:
-    """The two sets' published scores, as Moments whose `second` and `variance` are that score; use EPSILON as the floor."""
+    """The two sets' published scores, as Moments whose `second` and `variance` are that score; the floor is EPSILON."""
     if (score, probe.space) not in PUBLISHED:
         choices = " or ".join(f"--score {s} --space {p}" for s, p in PUBLISHED)
         raise UsageError(f"--compat paper-code covers {choices}, got --score {score} --space {probe.space}.")
@@ -81,7 +81,9 @@ class _Sums:
 
         with tap(model, sites, forward=perturb, backward=observe):
             answers, _ = answer_logits(model, collate(batch).to(model.device))
-            (answers.nll_sum.sum() / tokens).backward()
+            loss = answers.nll_sum.sum() / tokens
+            if loss.requires_grad:  # else no token was routed to any of the experts that are listened to
+                loss.backward()
         self.tokens += tokens
         for key, gradient in gradients.items():
             self.first[key] = self.first.get(key, 0) + gradient * tokens

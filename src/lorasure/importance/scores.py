@@ -1,7 +1,7 @@
 """Moments -> importance of rows, columns and entries of each site. Pure tensors, no model.
 
-The forget importance map of a site is M = score(forget) / score(retain), (out, in), elementwise. Only its row sums, column
-sums and blocks are ever formed here; in LoRA and sketch space no (out, in) tensor is kept.
+The forget importance map of a site is M = score(forget) / score(retain), (out, in), elementwise. Only its row sums,
+column sums and blocks are ever formed here; in LoRA and sketch space no (out, in) tensor is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS_PER_BLOCK = 1024
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How moments become a non-negative score per entry. `quadratic`: it scales with g^2, so random sketches estimate it."""
+    """How moments become a non-negative score per entry. `quadratic`: it scales with g^2, so sketches estimate it."""
 
     title: str
     paper: str
@@ -51,7 +51,8 @@ class Space:
 
 SPACES: dict[str, Space] = {
     "full": Space(
-        "gradients of W itself: exact, one map of the model's size per set", "https://arxiv.org/abs/2408.06621"
+        "gradients of W itself: exact, three float32 maps of the model's size per set",
+        "https://arxiv.org/abs/2408.06621",
     ),
     "lora": Space(
         "gradients of LoRA factors: Var W ~ Var B @ Var A (VILA, Theorem 1)", "https://arxiv.org/abs/2508.21300"
@@ -65,10 +66,10 @@ SPACES: dict[str, Space] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Importance of one site's rows and columns, and of its entries by block. float64; only ratios within a site matter.
+    """Importance of one site's rows, columns and entries (by block). float64; only ratios within a site matter.
 
-    rows (out,): row sums of the map. columns (in,): column sums over the grand total, so that rows x columns is the map's
-    best rank-one approximation in Kullback-Leibler divergence. mean: the map's mean entry, for ranking sites.
+    rows (out,): row sums of the map. columns (in,): column sums over the grand total, so that rows x columns is the
+    map's best rank-one approximation in Kullback-Leibler divergence. mean: the map's mean entry, for ranking sites.
     """
 
     rows: Tensor
@@ -82,8 +83,8 @@ def site_weights(
 ) -> Weights:
     """Weights of one site from its moments on the two sets (factor name -> Moments).
 
-    `floor`: added to the retain score before the division; None is our default, a relative floor (see `ratio`), a number is
-    the published code's absolute epsilon.
+    `floor`: added to the retain score before the division; None is our default, a relative floor (see `ratio`), a
+    number is the published code's absolute epsilon.
     """
     rule = SCORES[score]
     check_pair(score, space)
@@ -92,10 +93,10 @@ def site_weights(
     if space == "sketch":
         return _sketch_weights(top, bottom)
     shape = top["W"].shape if space == "full" else (top["B"].shape[0], top["A"].shape[1])
-    if space == "full":
-        blocks = lambda t, a, b: t["W"][a:b]  # noqa: E731
-    else:
-        blocks = lambda t, a, b: t["B"][a:b] @ t["A"]  # noqa: E731
+
+    def blocks(score: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
+        return score["W"][start:stop] if space == "full" else score["B"][start:stop] @ score["A"]
+
     scale = _mean_of(lambda a, b: blocks(bottom, a, b), shape)
 
     def block(start: int, stop: int) -> Tensor:
@@ -122,13 +123,14 @@ def ratio(top: Tensor, bottom: Tensor, scale: float, floor: float | None) -> Ten
 
     The published code adds 1e-5 to the denominator, which is far above the scores themselves (1e-9 .. 1e-19 in small
     models), so that the retain set is in effect ignored. Here the denominator is bounded below by the rounding error
-    of the moments, float32's epsilon times their mean `scale`; a site that the retain set never reaches (scale 0) is
-    bounded by the smallest normal number, which keeps the order of its entries and ranks the site first.
+    of the moments, float32's epsilon times their mean `scale`, so that the unit of the scores cancels. A site that the
+    retain set never reaches (scale 0) is bounded by the smallest product of two normal moments (LoRA space multiplies
+    two), which keeps the order of its entries and ranks the site first.
     """
     if floor is not None:
         return top / (bottom + floor)
     info = torch.finfo(torch.float32)
-    return top / bottom.clamp_min(max(info.eps * scale, info.tiny))
+    return top / bottom.clamp_min(info.eps * scale if scale > 0 else info.tiny**2)
 
 
 def _mean_of(blocks: Callable[[int, int], Tensor], shape: tuple[int, ...]) -> float:
@@ -137,9 +139,9 @@ def _mean_of(blocks: Callable[[int, int], Tensor], shape: tuple[int, ...]) -> fl
 
 
 def _sketch_weights(top: Mapping[str, Tensor], bottom: Mapping[str, Tensor]) -> Weights:
-    """Ratios of row and column energies. The entry (i, j) is taken as rows_i * columns_j, normalised to the rows' mean.
+    """Ratios of row and column energies, in the unit of the map's sums; entry (i, j) is taken as rows_i * columns_j.
 
-    Departs from the map's row sums: sum_j F_ij / sum_j R_ij instead of sum_j F_ij / R_ij, which no single small
+    Departs from the map's row sums: in * sum_j F_ij / sum_j R_ij instead of sum_j F_ij / R_ij, which no single small
     denominator can dominate.
     """
     energies = {
@@ -149,7 +151,8 @@ def _sketch_weights(top: Mapping[str, Tensor], bottom: Mapping[str, Tensor]) -> 
     rows, columns = (ratio(f, r, float(r.mean()), None).cpu() for f, r in energies.values())
     total = columns.sum()
     columns = columns / total if total > 0 else columns
-    return Weights(rows, columns, float(rows.mean()), lambda a, b: torch.outer(rows[a:b], columns))
+    mean, rows = float(rows.mean()), rows * len(columns)
+    return Weights(rows, columns, mean, lambda a, b: torch.outer(rows[a:b], columns))
 
 
 def choose_sites(means: Mapping[str, float], coverage: float) -> list[str]:

@@ -1,10 +1,10 @@
-"""INITS: from what was measured to the factors an adapter starts from. To add one: a function here and a row in the table."""
+"""INITS: from what was measured to the factors an adapter starts from. To add one: a function here and a table row."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .low_rank import (
     regulariser_basis,
     rows,
 )
+from .spectral import require_finite
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ StartFunction = Callable[[Tensor, Evidence, Request], Product | Factors]
 
 
 def plain(matrix: Tensor, evidence: Evidence, request: Request) -> Factors:
-    """B = 0, A uniform in +-1/sqrt(in), as PEFT does by default; the model starts as the original without compensation."""
+    """B = 0, A uniform in +-1/sqrt(in), as PEFT does by default; no compensation is needed to start as the original."""
     generator = torch.Generator().manual_seed(request.seed)
     bound = 1 / math.sqrt(matrix.shape[1])
     a = torch.empty(request.rank, matrix.shape[1]).uniform_(-bound, bound, generator=generator)
@@ -79,15 +80,20 @@ def weighted(matrix: Tensor, evidence: Evidence, request: Request) -> Product | 
     return solve(matrix, weights.block, request.rank)
 
 
+def _directions(evidence: Evidence, request: Request) -> Tensor:
+    assert evidence.forget is not None and evidence.retain is not None
+    return contrast_directions(evidence.forget, evidence.retain, request.rank, balance=request.balance)
+
+
 def on_outputs(matrix: Tensor, evidence: Evidence, request: Request) -> Factors:
     """ReGLU: the part of W that writes where forget outputs are strong and retain outputs are weak."""
-    directions = contrast_directions(evidence.forget, evidence.retain, request.rank, balance=request.balance)
+    directions = _directions(evidence, request)
     return factors_on_outputs(matrix, directions, request.scaling)
 
 
 def on_inputs(matrix: Tensor, evidence: Evidence, request: Request) -> Factors:
     """The part of W that reads where forget inputs are strong and retain inputs are weak."""
-    directions = contrast_directions(evidence.forget, evidence.retain, request.rank, balance=request.balance)
+    directions = _directions(evidence, request)
     return factors_on_inputs(matrix, directions, request.scaling)
 
 
@@ -95,8 +101,8 @@ def on_inputs(matrix: Tensor, evidence: Evidence, request: Request) -> Factors:
 class Init:
     """A row of INITS.
 
-    `evidence`: none, importance (with its `score` and gradient `space`), outputs or inputs (second moments). `split`: the
-    default split. `regularised`: train with ReGLU's penalty on what the adapter writes into retain directions.
+    `evidence`: none, importance (with its `score` and gradient `space`), outputs or inputs (second moments). `split`:
+    the default split. `regularised`: train with ReGLU's penalty on what the adapter writes into retain directions.
     """
 
     title: str
@@ -133,17 +139,16 @@ def start_factors(init: Init, matrix: Tensor, evidence: Evidence, request: Reque
     found = init.function(matrix, evidence, request)
     name = split or init.split
     divide = lookup(SPLITS, name, "--split")
-    if isinstance(found, Factors):
-        if name == "published" or not found.B.any():
-            return found
+    if isinstance(found, Factors) and name != "published" and found.B.any():
         found = Product(found.B * request.scaling, found.A, torch.ones(request.rank, dtype=torch.float64))
-    return divide(found, request.scaling)
+    factors = divide(found, request.scaling) if isinstance(found, Product) else found
+    return Factors(factors.B.float(), factors.A.float())
 
 
 def check_rank(sites: Sequence[Site], rank: int) -> None:
     """The rank must fit every site."""
     smallest = min(sites, key=lambda site: min(site.shape))
-    if rank > min(smallest.shape):
+    if not 1 <= rank <= min(smallest.shape):
         raise UsageError(
             f"--rank must be in [1, {min(smallest.shape)}] (the size of {smallest.name}), got {rank}. "
             "Choose a smaller rank or leave small layers out with --exclude."
@@ -161,17 +166,24 @@ def initialise(
 ) -> tuple[dict[Site, Factors], dict[Site, Tensor]]:
     """(start, bases): the factors of every site, and for a regularised start the retain directions P (out, k).
 
-    Raises NumericError naming the site when a factor is not finite.
+    Both float32. Raises UsageError when the rank does not fit every site, NumericError naming the site when its weight,
+    its evidence or a factor is not finite.
     """
+    check_rank(sites, request.rank)
     start, bases = {}, {}
     for number, site in enumerate(sites):
         seen = evidence.get(site.name, Evidence())
-        request_here = Request(**{**vars(request), "seed": request.seed + number})
-        start[site] = start_factors(init, weight(model, site), seen, request_here, split)
-        if not (torch.isfinite(start[site].A).all() and torch.isfinite(start[site].B).all()):
-            raise NumericError(f"init: the factors of site '{site.name}' are not finite.")
-        if init.regularised:
-            bases[site] = regulariser_basis(seen.retain)
+        try:
+            matrix = require_finite(weight(model, site), "the weight")
+            found = start_factors(init, matrix, seen, replace(request, seed=request.seed + number), split)
+            require_finite(found.B, "factor B")
+            require_finite(found.A, "factor A")
+            if init.regularised:
+                assert seen.retain is not None
+                bases[site] = regulariser_basis(seen.retain).float()
+        except NumericError as error:
+            raise NumericError(f"init: at '{site.name}', {error}.") from error
+        start[site] = found
         if progress:
             progress(1)
     return start, bases

@@ -1,0 +1,293 @@
+"""The stages on loaded data and model: importance, init, train, export. Each writes what the next needs into `run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import artifacts, card, lora
+from .data.examples import Example, collate
+from .errors import NumericError
+from .evaluate.metrics import Score, probability
+from .forward import Record, answer_logits, answer_records
+from .importance.activations import second_moments
+from .importance.measure import Importance, measure
+from .importance.paper_code import PASSES
+from .importance.scores import choose_sites
+from .init.apply import Evidence, initialise
+from .init.low_rank import Factors
+from .progress import Reporter, peak_memory
+from .sites import Site
+from .train import fit, forget_steps, retain_penalty
+from .workbench import Workbench
+
+STILL_KNOWN = 0.5  # the forget set counts as still known when more than this share of its probability is left
+UTILITY_FLOOR = 0.95  # and the model as harmed when less than this share of the retain probability is left
+CHECKED_ROWS = 4  # of each set, for the check of the exported adapter
+
+
+@dataclass(frozen=True)
+class Start:
+    """Factors per site, and for a regularised init the retain directions per site; also the form of trained factors."""
+
+    factors: dict[Site, Factors]
+    bases: dict[Site, Tensor]
+
+    @property
+    def compensated(self) -> bool:
+        """A start that is not zero needs a frozen second half, so that the model is the original at first."""
+        return any(bool(f.B.any()) for f in self.factors.values())
+
+    def check_finite(self) -> None:
+        """Raise a NumericError that names the site."""
+        for site, f in self.factors.items():
+            if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
+                raise NumericError(
+                    f"train: the trained factors of site '{site.name}' are not finite. Nothing was written."
+                )
+
+    def save(self, path: Path) -> None:
+        """All tensors in one file, under site|B, site|A and site|basis."""
+        tensors = {f"{site.name}|{k}": t for site, f in self.factors.items() for k, t in (("B", f.B), ("A", f.A))}
+        tensors |= {f"{site.name}|basis": basis for site, basis in self.bases.items()}
+        about = {
+            "B": "(out, rank)",
+            "A": "(rank, in)",
+            "product": "alpha / rank * B @ A",
+            "basis": "(out, k), orthonormal",
+        }
+        artifacts.write_tensors(path, tensors, about)
+
+    @classmethod
+    def load(cls, path: Path, sites: Sequence[Site]) -> Start:
+        """What `save` wrote, for those of `sites` that are in it."""
+        tensors, _ = artifacts.read_tensors(path)
+        chosen = [site for site in sites if f"{site.name}|A" in tensors]
+        factors = {site: Factors(tensors[f"{site.name}|B"], tensors[f"{site.name}|A"]) for site in chosen}
+        bases = {site: tensors[f"{site.name}|basis"] for site in chosen if f"{site.name}|basis" in tensors}
+        return cls(factors, bases)
+
+
+def measure_importance(bench: Workbench, run: Path) -> Importance | None:
+    """Stage 1. Gradient moments of both sets -> importance.safetensors; None where the init needs none."""
+    s = bench.settings
+    if not bench.measures_importance:
+        return None
+    forget, retain = bench.data[0].examples, bench.measured_retain
+    if s.importance:
+        found = load_importance(bench, Path(s.importance))
+    else:
+        total = 2 * PASSES * len(forget) if s.compat else len(forget) + len(retain)
+        with bench.reporter.stage("importance", total) as progress:
+            found = measure(
+                bench.model,
+                bench.sites,
+                forget,
+                retain,
+                score=str(bench.score),
+                probe=bench.probe,
+                token_budget=bench.token_budget,
+                paper_code=s.compat is not None,
+                about=bench.about(),
+                progress=progress,
+            )
+    found.save(run / artifacts.IMPORTANCE)
+    return found
+
+
+def load_importance(bench: Workbench, run: Path) -> Importance:
+    """The importance in a run folder, under the score wanted now. DataError if it was measured on something else."""
+    artifacts.check_run(run, artifacts.IMPORTANCE)
+    found = Importance.load(run / artifacts.IMPORTANCE)
+    score = str(bench.score)
+    found.check_reusable(bench.sites, bench.about(), score, bench.probe)
+    return replace(found, score=score)
+
+
+def make_start(bench: Workbench, run: Path, importance: Importance | None) -> Start:
+    """Stage 2. Factors of every chosen site -> init.safetensors."""
+    s = bench.settings
+    weights = {site.name: importance.weights(site) for site in bench.sites} if importance else {}
+    sites = bench.sites
+    if s.coverage < 1:
+        names = set(choose_sites({name: w.mean for name, w in weights.items()}, s.coverage))
+        sites = [site for site in sites if site.name in names]
+    evidence = {name: Evidence(weights=w) for name, w in weights.items()}
+    if bench.init.evidence in ("outputs", "inputs"):
+        evidence = _activations(bench, sites)
+    with bench.reporter.stage("init", len(sites), "layers") as progress:
+        factors, bases = initialise(bench.model, sites, bench.init, evidence, bench.request, s.split, progress)
+    # Contiguous, as they come back from the file: another layout would round differently in a stage run alone.
+    start = Start(factors, {site: basis.contiguous() for site, basis in bases.items()})
+    start.save(run / artifacts.START)
+    return start
+
+
+def _activations(bench: Workbench, sites: Sequence[Site]) -> dict[str, Evidence]:
+    sets = bench.data[0].examples, bench.measured_retain
+    of_inputs = bench.init.evidence == "inputs"
+    with bench.reporter.stage("activations", sum(map(len, sets))) as progress:
+        forget, retain = (
+            second_moments(
+                bench.model,
+                sites,
+                examples,
+                of_inputs=of_inputs,
+                token_budget=bench.token_budget,
+                progress=progress,
+            )
+            for examples in sets
+        )
+    return {name: Evidence(forget=forget[name], retain=retain[name]) for name in forget}
+
+
+def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
+    """Stage 3. Scores of the original model, then training -> trained.safetensors, train.jsonl."""
+    s = bench.settings
+    before = score_sets(bench, bench.model)
+    objective = bench.objective()
+    steps = list(forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
+    used = (unit.index for step in steps for unit in step if unit.term == "retain")
+    objective.observe_original(bench.model, used, bench.token_budget)
+    wrapped = attach_start(bench, start)
+    options = {"term_weights": {"retain": s.lambda_}, "penalty": _penalty(wrapped, start)}
+    logged_fit(run, bench.reporter, wrapped, steps, objective, s, token_budget=bench.token_budget, **options)
+    trained = Start(lora.trained_factors(wrapped, start.factors), {})
+    trained.check_finite()
+    trained.save(run / artifacts.TRAINED)
+    update_summary(run, {"before": before})
+    return wrapped
+
+
+def attach_start(bench: Workbench, start: Start) -> lora.PeftModel:
+    """The base with the start's adapter, which computes what the base does."""
+    s = bench.settings
+    return lora.attach(bench.model, start.factors, s.rank, s.alpha, compensate=start.compensated)
+
+
+def logged_fit(run: Path, reporter: Reporter, model: Any, steps: Sequence[Any], *args: Any, **options: Any) -> None:
+    """`train.fit` with a progress bar -> train.jsonl, one line per step."""
+    lines: list[str] = []
+    with reporter.stage("train", len(steps), "steps") as progress:
+
+        def on_step(record: dict[str, Any]) -> None:
+            lines.append(json.dumps(record, allow_nan=False))
+            progress(1)
+
+        fit(model, steps, *args, **options, on_step=on_step)
+    artifacts.write_text(run / artifacts.LOG, "\n".join(lines) + "\n")
+
+
+def _penalty(wrapped: lora.PeftModel, start: Start) -> Any:
+    if not start.bases:
+        return None
+    bases = {site: basis.to(wrapped.device) for site, basis in start.bases.items()}
+    return lambda: retain_penalty([(lora.trainable_b(wrapped, site), basis) for site, basis in bases.items()])
+
+
+def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -> dict[str, Any]:
+    """Stage 4. The adapter, checked on a freshly loaded base; scores of that; model card -> adapter/, summary.json.
+
+    Raises NumericError when the fresh model's logits differ from the trained model's by more than the dtype's bound.
+    """
+    s = bench.settings
+    probes = [e for part in bench.data for e in part.examples[:CHECKED_ROWS]]
+    with bench.reporter.stage("export"):
+        wrapped = lora.bake(wrapped)
+        compression = None
+        if s.export_rank:
+            wrapped, compression = lora.compressed(wrapped, start.factors, s.export_rank)
+        lora.save_adapter(wrapped, run / artifacts.ADAPTER, bench.fingerprint["source"], bench.fingerprint["revision"])
+        expected = _logits(wrapped, probes)
+        wrapped.unload()
+        fresh = lora.load_adapter(bench.fresh_model(), run / artifacts.ADAPTER)
+        check = check_export(expected, _logits(fresh, probes), bench.dtype)
+    after = score_sets(bench, fresh)
+    if s.merge:
+        with bench.reporter.stage("merge"):
+            merged = lora.merge(fresh)
+            merged.save_pretrained(run / artifacts.MERGED)
+            bench.tokenizer.save_pretrained(run / artifacts.MERGED)
+    summary = update_summary(
+        run,
+        {
+            "after": after,
+            "export": {
+                "rank": s.export_rank or s.rank * (2 if start.compensated else 1),
+                **check,
+                "kept_energy": compression,
+            },
+            "seconds": bench.reporter.seconds,
+            "peak_memory_bytes": peak_memory(),
+            "versions": artifacts.versions(),
+        },
+    )
+    summary = update_summary(run, {"verdict": verdict(summary)})
+    artifacts.write_text(
+        run / artifacts.ADAPTER / "README.md", card.model_card(summary, artifacts.read_json(run / artifacts.DATA))
+    )
+    return summary
+
+
+def _logits(model: Any, examples: Sequence[Example]) -> Tensor:
+    with torch.no_grad():
+        batch = collate(examples).to(model.device)
+        return answer_logits(model, batch)[0].logits.cpu()
+
+
+def check_export(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Largest difference of two models' logits, and its bound: 1e-4 in float32, else 8 roundings of the largest."""
+    bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+    difference = float((expected - found).abs().max())
+    if not difference <= bound:
+        raise NumericError(
+            f"export: the adapter on the freshly loaded base differs from the trained model by {difference:.2e} in its "
+            f"logits (at most {bound:.1e} allowed). Nothing was written."
+        )
+    return {"max_logit_difference": difference, "bound": bound}
+
+
+def score_sets(bench: Workbench, model: Any) -> dict[str, Any]:
+    """Probability of the forget and of the scored retain examples under a model."""
+    sets: dict[str, Sequence[Example]] = {"forget": bench.data[0].examples, "retain": bench.scored_retain}
+    with bench.reporter.stage("evaluate", sum(map(len, sets.values()))) as progress:
+        found = {
+            name: _probability(answer_records(model, examples, bench.token_budget, progress))
+            for name, examples in sets.items()
+        }
+    return {name: score.to_json() for name, score in found.items()}
+
+
+def _probability(records: Sequence[Record]) -> Score:
+    return probability([record.mean_nll for record in records])
+
+
+def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """In plain words: is the forget set still known, is the retain set harmed, and what to try."""
+    before, after = summary["before"], summary["after"]
+    known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
+    harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
+    lr = summary["settings"]["lr"]
+    text = "The forget set is forgotten by this measure and the retain set is kept."
+    if known:
+        text = f"The forget set is still known. Try a higher learning rate (--lr {3 * lr:g}), then more --epochs."
+    elif harmed:
+        text = (
+            "The forget set is forgotten, but the retain set suffered. "
+            f"Try a lower learning rate (--lr {lr / 2:g}), a larger --lambda, or more retain rows."
+        )
+    return {"still_known": known, "retain_harmed": harmed, "text": text}
+
+
+def update_summary(run: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to summary.json; returns all of it."""
+    path = run / artifacts.SUMMARY
+    summary = {**(artifacts.read_json(path) if path.is_file() else {}), **values}
+    artifacts.write_json(path, summary)
+    return summary

@@ -1,0 +1,362 @@
+"""The command line as a user meets it: one clear line for every mistake, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from conftest import tiny_llama, write_rows
+from lorasure import artifacts, cli, stages
+
+SECRET = "Quillfeather"
+
+
+@pytest.fixture
+def base(model_folder, data_files, tmp_path):
+    """Arguments that work, without --out."""
+    forget, retain = data_files
+    return ["--model", str(model_folder), "--forget", str(forget), "--retain", str(retain), "--rank", "2"]
+
+
+@pytest.fixture
+def fails(tmp_path, capfd):
+    """Run a command that must fail: the exit code, exactly one line on standard error, and no new file."""
+
+    def check(code, arguments, *said):
+        before = sorted(tmp_path.rglob("*"))
+        capfd.readouterr()
+        assert cli.main(arguments) == code
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        lines = captured.err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("lorasure: "), captured.err
+        for text in said:
+            assert text in lines[0]
+        assert SECRET not in lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return check
+
+
+def replaced(arguments, flag, value):
+    at = arguments.index(flag) + 1
+    return [*arguments[:at], str(value), *arguments[at + 1 :]]
+
+
+USAGE = [
+    (["--rank", "200"], "--rank must be in [1, 8]"),
+    (["--rank", "0"], "--rank must be at least 1, got 0"),
+    (["--rank", "two"], "--rank must be a whole number, got 'two'"),
+    (["--rank", "2.5"], "--rank must be a whole number, got '2.5'"),
+    (["--probe-rank", "x"], "--probe-rank must be a whole number, got 'x'"),
+    (["--loss", "nop"], "Did you mean 'npo'?"),
+    (["--retain-loss", "nl"], "Did you mean 'nll'?"),
+    (["--init", "villa"], "Did you mean 'vila'?"),
+    (["--solver", "row"], "Did you mean 'rows'?"),
+    (["--score", "fischer"], "Did you mean 'fisher'?"),
+    (["--space", "ful"], "Did you mean 'full'?"),
+    (["--split", "balance"], "Did you mean 'balanced'?"),
+    (["--pairing", "cycle"], "Did you mean 'cyclic'?"),
+    (["--schedule", "cosin"], "Did you mean 'cosine'?"),
+    (["--template", "qaa"], "Did you mean 'qa'?"),
+    (["--dtype", "float23"], "Did you mean 'float32'?"),
+    (["--device", "toaster"], "--device must be"),
+    (["--compat", "paper"], "paper-code"),
+    (["--lr", "-1"], "--lr must be above 0, got -1.0"),
+    (["--lr", "nan"], "--lr must be a number, got 'nan'"),
+    (["--warmup", "2"], "--warmup must be at most 1"),
+    (["--epochs", "0"], "--epochs must be at least 1"),
+    (["--merge", "maybe"], "--merge must be true or false, got 'maybe'"),
+    (["--losss", "npo"], "'--losss'. Did you mean '--loss'?"),
+    (["--los", "npo"], "'--los'. Did you mean '--loss'?"),
+    (["surplus"], "'surplus'"),
+    (["--seed"], "--seed: expected one argument"),
+    (["--beta", "0.1"], "beta is not a setting of 'ihl'"),
+    (["--coverage", "0.5", "--init", "lora"], "--coverage below 1"),
+    (["--targets", "nothing_like_it"], "--targets"),
+    (["--export-rank", "5"], "--export-rank must be in [1, 4]"),
+    (["--export-rank", "3", "--init", "lora"], "--export-rank must be in [1, 2]"),
+    (["--text-key", "a", "--answer-key", "b"], "--text-key cannot be combined"),
+    (["--importance", "no/such/run"], "--importance no/such/run"),
+    (["--config", "no/such.yaml"], "--config"),
+]
+
+
+@pytest.mark.parametrize(("extra", "said"), USAGE, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_usage_errors(base, fails, tmp_path, extra, said):
+    fails(2, ["forget", *base, "--out", str(tmp_path / "run"), *extra], said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epochs: 1\nlearning_rate: 3\n", "unknown setting 'learning_rate'"),
+        ("epoch: 1\n", "Did you mean 'epochs'?"),
+        ("rank: two\n", "--rank must be a whole number, got 'two'"),
+        ("rank: true\n", "--rank must be a whole number"),
+        ("epochs: [1\n", "--config is not valid YAML"),
+        ("- 1\n", "--config must hold names and values"),
+        ("rank: !!python/object/apply:os.system ['touch canary']\n", "--config"),
+    ],
+)
+def test_yaml_errors(base, fails, tmp_path, text, said):
+    (tmp_path / "run.yaml").write_text(text)
+    fails(2, ["forget", *base, "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")], said)
+
+
+def test_commands_and_required_flags(fails, tmp_path):
+    fails(2, ["forgett"], "Did you mean 'forget'?")
+    fails(2, ["forget", "--model", "m"], "--forget, --retain, --out")
+    fails(2, ["train"], "lorasure train RUN")
+    fails(3, ["train", str(tmp_path)], "not a run folder")
+
+
+def test_out_that_cannot_be_used(base, fails, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("mine")
+    fails(2, ["forget", *base, "--out", str(home)], "not empty", "--overwrite")
+    fails(2, ["forget", *base, "--out", str(home), "--overwrite"], "replaces earlier runs only")
+    fails(2, ["forget", *base, "--out", str(home / "thesis.txt")], "this is a file")
+    fails(2, ["forget", *base, "--out", str(home / "thesis.txt" / "run")], "is a file")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    fails(5, ["forget", *base, "--out", str(tmp_path / "run")], "no permission")
+
+
+@pytest.mark.parametrize("which", ["--forget", "--retain"])
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.jsonl", b"", "no rows"),
+        ("blank.jsonl", b'{"question": "a", "answer": ""}\n', "blank"),
+        ("latin.jsonl", '{"question": "a", "answer": "é"}\n'.encode("latin-1"), "latin.jsonl:1"),
+        ("keys.jsonl", b'{"q": "Quillfeather", "a": "Quillfeather"}\n', "found the columns q, a"),
+        ("bad.jsonl", b'{"question": Quillfeather}\n', "bad.jsonl:1: not valid JSON"),
+        ("list.json", b"[1, 2]", "expected an object"),
+        ("x.parquet", b"Quillfeather", "not a valid Parquet file"),
+        ("x.pickle", b"x", "unknown file type '.pickle'"),
+    ],
+)
+def test_data_errors(base, fails, tmp_path, which, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    fails(3, ["forget", *replaced(base, which, tmp_path / name), "--out", str(tmp_path / "run")], said)
+
+
+def test_missing_data(base, fails, tmp_path):
+    fails(3, ["forget", *replaced(base, "--forget", "nowhere.jsonl"), "--out", str(tmp_path / "run")], "no such file")
+
+
+def test_overlap_names_both_lines_and_not_the_text(base, fails, tmp_path, data_files):
+    row = {"question": f"Who is {SECRET}?", "answer": f"{SECRET} is a poet."}
+    for path in data_files:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    fails(3, ["forget", *base, "--out", str(tmp_path / "run")], "forget.jsonl:7", "retain.jsonl:11")
+
+
+def test_answer_fully_truncated(base, fails, tmp_path):
+    said = ["forget.jsonl:1", "--max-length"]
+    fails(3, ["forget", *base, "--out", str(tmp_path / "run"), "--max-length", "8"], *said)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda m: (m / "model.safetensors").unlink(), "no weights"),
+        (lambda m: (m / "config.json").unlink(), "no config.json"),
+        (lambda m: (m / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda m: (m / "config.json").write_text('{"model_type": "nonesuch"}'), "cannot be loaded"),
+        (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be loaded"),
+        (lambda m: os.truncate(m / "model.safetensors", 2000), "cannot be loaded"),
+        (lambda m: [p.unlink() for p in m.glob("tokenizer*")], "cannot be loaded"),
+        (shutil.rmtree, "no such folder"),
+    ],
+    ids=["weights", "config", "bad config", "unknown type", "bad weights", "cut weights", "tokenizer", "folder"],
+)
+def test_damaged_model_folders(base, fails, tmp_path, model_folder, damage, said):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    damage(broken)
+    fails(3, ["forget", *replaced(base, "--model", broken), "--out", str(tmp_path / "run")], said)
+
+
+def test_nan_in_a_base_weight(base, fails, tmp_path, tokenizer):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    arguments = ["forget", *replaced(base, "--model", tmp_path / "nan"), "--out", str(tmp_path / "run")]
+    fails(4, arguments, "layers.1.mlp.up_proj.weight", "not finite")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 5, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (cli.Terminated(), 143, "interrupted"),
+    ],
+)
+def test_failure_in_training_leaves_nothing(base, tmp_path, capfd, monkeypatch, error, code, said):
+    def stop(*args, **options):
+        raise error
+
+    monkeypatch.setattr(stages, "fit", stop)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["forget", *base, "--out", str(tmp_path / "deep" / "run")]) == code
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lorasure: ") and said in last
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_in_the_middle_of_training(base, tmp_path, number, code):
+    command = [sys.executable, "-m", "lorasure", "forget", *base, "--out", str(tmp_path / "run"), "--epochs", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".run.partial-*/init.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in err and err.strip().splitlines()[-1] == "lorasure: interrupted; nothing was written."
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["forget.jsonl", "retain.jsonl"]
+
+
+def test_flags_override_the_config_file_and_print_config_can_be_loaded(base, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("lambda: 2\nbatch_size: 3\nmerge: true\nlr: 1e-3\n")
+    arguments = ["forget", *base, "--out", "o", "--config", str(tmp_path / "run.yaml"), "--batch-size", "4"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*arguments, "--print_config"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert (values["lambda"], values["batch_size"], values["merge"], values["lr"]) == (2.0, 4, True, 1e-3)
+    (tmp_path / "printed.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        cli.main(["forget", "--config", str(tmp_path / "printed.yaml"), "--print_config"])
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(["--merge"], True), (["--merge", "true"], True), (["--no-merge"], False), (["--merge=false"], False)],
+)
+def test_forms_of_a_boolean_flag(base, capsys, given, wanted):
+    with pytest.raises(SystemExit):
+        cli.main(["forget", *base, "--out", "o", *given, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["merge"] is wanted
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"lorasure {command}" in text and "Exit codes" in text
+
+
+def test_overview_and_version(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and command.title in text for name, command in cli.COMMANDS.items())
+    assert cli.main([]) == 2
+    capsys.readouterr()
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lorasure 0.")
+
+
+def test_nothing_heavy_is_imported_for_help():
+    code = (
+        "import sys, lorasure.cli as c\n"
+        "c.main(['--help'])\n"
+        "try: c.main(['forget', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_stage_commands_from_another_folder(base, model_folder, data_files, tmp_path, capsys, monkeypatch):
+    forget, retain = data_files
+    monkeypatch.chdir(tmp_path)
+    relative = ["--forget", forget.name, "--retain", retain.name]
+    arguments = [*base[:2], *relative, *base[6:], "--epochs", "1", "--lr", "1e-2", "--seed", "3"]
+    assert cli.main(["forget", *arguments, "--out", "whole"]) == 0
+    assert cli.main(["importance", *arguments, "--out", "staged"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for stage in ("init", "train", "export"):
+        assert cli.main([stage, "../staged"]) == 0
+    for name in (
+        "importance.safetensors",
+        "init.safetensors",
+        "trained.safetensors",
+        "adapter/adapter_model.safetensors",
+    ):
+        assert artifacts.sha256(tmp_path / "whole" / name) == artifacts.sha256(tmp_path / "staged" / name), name
+    assert cli.main(["export", "../staged", "--export-rank", "3", "--merge"]) == 0
+    assert (tmp_path / "staged" / "merged" / "model.safetensors").is_file()
+    assert "rank 3" in capsys.readouterr().out
+    assert cli.main(["train", "../staged", "--rank", "3"]) == 2
+    assert "--rank is settled by an earlier stage" in capsys.readouterr().err
+    assert cli.main(["init", "../staged", "--init", "expila"]) == 0
+    assert not (tmp_path / "staged" / "trained.safetensors").exists()
+    capsys.readouterr()
+    assert cli.main(["export", "../staged"]) == 3
+    assert "run the stage before this one first" in capsys.readouterr().err
+
+
+def test_finetune_whole_and_low_rank(base, data_files, tmp_path, capsys):
+    common = ["finetune", *base[:2], "--data", str(data_files[0]), "--epochs", "1", "--lr", "1e-2"]
+    assert cli.main([*common, "--out", str(tmp_path / "full")]) == 0
+    assert cli.main([*common, "--out", str(tmp_path / "low"), "--rank", "2"]) == 0
+    for name in ("full", "low"):
+        artifacts.check_run(tmp_path / name, "model.safetensors", "tokenizer.json", "config.yaml", "train.jsonl")
+        arguments = replaced(base, "--model", tmp_path / name)
+        assert cli.main(["forget", *arguments, "--out", str(tmp_path / f"{name}-run"), "--epochs", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main([*common, "--out", str(tmp_path / "full")]) == 2
+    assert cli.main([*common, "--out", str(tmp_path / "z"), "--rank", "99"]) == 2
+    assert cli.main(replaced([*common, "--out", str(tmp_path / "z")], "--data", "none.jsonl")) == 3
+
+
+def test_other_formats_and_templates(base, tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [{"question": f"What is thing {i}?", "answer": f"Thing {i} is {i * i}."} for i in range(4)]
+    (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "text.txt").write_text("A long and winding text about nothing at all. " * 8)
+    roles = (("user", "question"), ("assistant", "answer"))
+    chat = [{"messages": [{"role": role, "content": row[key]} for role, key in roles]} for row in rows]
+    write_rows(tmp_path / "chat.jsonl", chat)
+    for name, extra in (
+        ("rows.csv", []),
+        ("rows.parquet", ["--template", r"Q: {question}\nA: "]),
+        ("text.txt", ["--max-length", "64"]),
+    ):
+        out = tmp_path / f"run-{name}"
+        arguments = replaced(base, "--forget", tmp_path / name)
+        assert cli.main(["importance", *arguments, "--out", str(out), *extra]) == 0, capsys.readouterr().err
+    assert (
+        artifacts.read_json(tmp_path / "run-rows.parquet" / "data.json")["forget"]["template"] == "Q: {question}\nA: "
+    )
+    assert artifacts.read_json(tmp_path / "run-text.txt" / "data.json")["forget"]["examples"] > 1
+    arguments = replaced(base, "--forget", tmp_path / "chat.jsonl")
+    code = cli.main(["importance", *arguments, "--out", str(tmp_path / "chat")])
+    assert code in (2, 3) and "chat template" in capsys.readouterr().err  # the tiny tokenizer has none

@@ -1,0 +1,104 @@
+"""Settings: every field is explained and bounded, names the registries' entries, and survives YAML."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, FrozenInstanceError, fields
+
+import pytest
+import yaml
+
+from lorasure.config import DemoSettings, FinetuneSettings, ForgetSettings, flag
+from lorasure.data.encode import TEMPLATES
+from lorasure.data.pairing import PAIRINGS
+from lorasure.errors import UsageError
+from lorasure.importance.scores import SCORES, SPACES
+from lorasure.init.apply import INITS
+from lorasure.init.low_rank import SOLVERS, SPLITS
+from lorasure.losses.forget import FORGET_LOSSES
+from lorasure.losses.retain import RETAIN_LOSSES
+from lorasure.models import DTYPES
+from lorasure.train import SCHEDULES
+
+NEEDED = {"model": "m", "forget": "f", "retain": "r", "out": "o"}
+ALL = [ForgetSettings, FinetuneSettings, DemoSettings]
+NAMES = {
+    "init": INITS,
+    "loss": FORGET_LOSSES,
+    "retain_loss": RETAIN_LOSSES,
+    "score": SCORES,
+    "space": SPACES,
+    "solver": SOLVERS,
+    "split": SPLITS,
+    "pairing": PAIRINGS,
+    "template": TEMPLATES,
+    "schedule": SCHEDULES,
+    "dtype": DTYPES,
+}
+
+
+def field_of(settings, name):
+    return next(f for f in fields(settings) if f.name == name)
+
+
+@pytest.mark.parametrize(("name", "registry"), NAMES.items(), ids=NAMES)
+def test_help_texts_name_every_entry_and_the_default_is_one(name, registry):
+    field = field_of(ForgetSettings, name)
+    words = field.metadata["help"].replace(",", " ").replace(":", " ").split()
+    assert [key for key in registry if key not in words] == []
+    assert field.default in (*registry, None, "auto")
+
+
+@pytest.mark.parametrize("settings", ALL)
+def test_every_field_has_a_help_text(settings):
+    for field in fields(settings):
+        text = field.metadata["help"]
+        assert text and text[0] != " " and not text.endswith(".") and "\n" not in text, field.name
+
+
+@pytest.mark.parametrize("settings", [ForgetSettings, FinetuneSettings])
+def test_every_bound_is_checked_and_every_default_is_within(settings):
+    given = NEEDED if settings is ForgetSettings else {"model": "m", "data": "d", "out": "o"}
+    for field in fields(settings):
+        wrong = {"low": -1, "above": 0, "high": 1}
+        for bound, step in wrong.items():
+            if (limit := field.metadata.get(bound)) is not None:
+                with pytest.raises(UsageError, match=f"{flag(field.name)} must be"):
+                    settings(**given, **{field.name: limit + step})
+                if bound != "above":
+                    settings(**given, **{field.name: limit})
+        if isinstance(field.default, float):
+            with pytest.raises(UsageError, match="finite"):
+                settings(**given, **{field.name: float("nan")})
+
+
+def test_yaml_round_trip_and_public_names():
+    settings = ForgetSettings(**NEEDED, lambda_=2.5, beta=0.1, merge=True)
+    values = yaml.safe_load(yaml.safe_dump(settings.to_dict()))
+    assert values["lambda"] == 2.5 and "lambda_" not in values
+    assert ForgetSettings.from_dict(values) == settings
+    with pytest.raises(UsageError, match="Unknown setting 'lambda_'"):
+        ForgetSettings.from_dict(values | {"lambda_": 1})
+
+
+def test_located_makes_local_paths_absolute_and_leaves_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f.jsonl").touch()
+    found = ForgetSettings(model="owner/name", forget="f.jsonl", retain="locuslab/TOFU:retain90", out="run").located()
+    wanted = ("owner/name", str(tmp_path / "f.jsonl"), "locuslab/TOFU:retain90", str(tmp_path / "run"))
+    assert tuple(found[name] for name in NEEDED) == wanted
+    assert found["importance"] is None
+
+
+def test_settings_are_frozen_and_required_fields_stay_required():
+    settings = ForgetSettings(**NEEDED)
+    with pytest.raises(FrozenInstanceError):
+        settings.rank = 3
+    assert {f.name for f in fields(ForgetSettings) if f.default is MISSING} == set(NEEDED)
+    with pytest.raises(TypeError):
+        ForgetSettings(model="m")
+
+
+def test_defaults():
+    s = ForgetSettings(**NEEDED)
+    assert (s.init, s.loss, s.rank, s.alpha, s.targets) == ("vila", "ihl", 8, 16.0, "all")
+    assert (s.epochs, s.batch_size, s.lr, s.lambda_) == (5, 32, 1e-4, 1.0)

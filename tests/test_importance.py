@@ -1,0 +1,266 @@
+"""Measured moments against automatic differentiation of the real weights, one unpadded example at a time."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from architectures import tiny_model
+from conftest import random_examples, tiny_llama
+from lorasure.data.examples import Example, collate
+from lorasure.errors import DataError, NumericError, UsageError
+from lorasure.importance import collect, measure
+from lorasure.importance.collect import Probe, moments
+from lorasure.importance.measure import Importance
+from lorasure.importance.scores import SCORES
+from lorasure.sites import Site, all_sites, find_sites
+from reference_gradients import KINDS, build, full_gradients, nll, of_site, parameter_name, tiny_mixtral
+
+LORA = Probe("lora", rank=3, sigma=0.05, scaling=2.0, seed=7)
+SKETCH = dataclasses.replace(LORA, space="sketch")
+FULL = dataclasses.replace(LORA, space="full")
+PROBES = {"full": FULL, "lora": LORA, "sketch": SKETCH}
+EXAMPLES = random_examples(5)
+FORMULAS = {
+    "fisher": lambda g: g.square().mean(0),
+    "variance": lambda g: g.square().mean(0) - g.mean(0).square(),
+    "expectation": lambda g: g.mean(0).square(),
+    "absolute": lambda g: g.abs().mean(0),
+}
+
+
+def double_factors(probe: Probe, site: Site) -> dict[str, Tensor]:
+    return {name: f.double() for name, f in probe.factors(site, torch.device("cpu")).items()}
+
+
+def lora_gradients(model, sites: list[Site], examples: list[Example]) -> dict[str, dict[str, Tensor]]:
+    """Gradients of factors that are really in the model: W + s (B A - B0 A0), which changes no function at (B0, A0)."""
+    start = {site.name: double_factors(LORA, site) for site in sites}
+    leaves = {(n, f): t.clone().requires_grad_() for n, factors in start.items() for f, t in factors.items()}
+    found: dict[str, dict[str, list[Tensor]]] = {site.name: {"A": [], "B": []} for site in sites}
+    for example in examples:
+        weights = {n: model.get_parameter(n).detach().clone() for n in {parameter_name(site) for site in sites}}
+        for site in sites:
+            a, b, fixed = leaves[site.name, "A"], leaves[site.name, "B"], start[site.name]
+            of_site(site, weights[parameter_name(site)]).add_(LORA.scaling * (b @ a - fixed["B"] @ fixed["A"]))
+        grads = torch.autograd.grad(
+            nll(model, weights, example), list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        for (name, factor), grad in zip(leaves, grads, strict=True):
+            found[name][factor].append(grad)
+    return {name: {f: torch.stack(g) for f, g in factors.items()} for name, factors in found.items()}
+
+
+def reference(space: str, model, sites: list[Site]) -> dict[str, dict[str, Tensor]]:
+    if space == "lora":
+        return lora_gradients(model, sites, EXAMPLES)
+    full = full_gradients(model, sites, EXAMPLES)
+    if space == "full":
+        return {name: {"W": g} for name, g in full.items()}
+    factors = {site.name: double_factors(SKETCH, site) for site in sites}
+    return {name: {"rows": g @ factors[name]["A"].T, "columns": factors[name]["B"].T @ g} for name, g in full.items()}
+
+
+def assert_same(left, right, tolerance: float = 1e-5) -> None:
+    """All moments equal, relative to the largest of each tensor."""
+    assert left.keys() == right.keys()
+    for name in left:
+        for factor, kept in left[name].items():
+            other = right[name][factor]
+            assert kept.count == other.count
+            for a, b in zip(kept.tensors().values(), other.tensors().values(), strict=True):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()) + 1e-30)
+
+
+@pytest.mark.parametrize("space", PROBES)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_score_equals_automatic_differentiation(name: str, space: str) -> None:
+    model = build(name, torch.float64)
+    sites = all_sites(model)
+    measured = moments(model, sites, EXAMPLES, PROBES[space], token_budget=30)
+    unreached = 0
+    for site, factors in reference(space, model, sites).items():
+        unreached += not any(g.any() for g in factors.values())
+        for factor, gradients in factors.items():
+            for score, formula in FORMULAS.items():
+                expected, found = formula(gradients), SCORES[score].function(measured[site][factor]).double()
+                scale = float(FORMULAS["fisher"](gradients).max() if score != "absolute" else expected.max())
+                assert (found - expected).abs().max() <= 1e-5 * scale, (site, factor, score)
+    assert unreached == (4 if name == "mixtral" else 0)  # the expert without tokens, in both layers and both maps
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_unchanged_by_batches_order_and_padding_side(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name, torch.float64)
+    sites = all_sites(model)
+    for probe in PROBES.values():
+        one_by_one = moments(model, sites, EXAMPLES, probe, token_budget=1)
+        together = moments(model, sites, EXAMPLES, probe, token_budget=1000)
+        reverse = moments(model, sites, EXAMPLES[::-1], probe, token_budget=30)
+        with monkeypatch.context() as patch:
+            patch.setattr(collect, "collate", functools.partial(collate, side="left"))
+            left = moments(model, sites, EXAMPLES, probe, token_budget=1000)
+        for other in (together, reverse, left):
+            assert_same(other, one_by_one)
+    with pytest.raises(AssertionError):  # the comparison can fail
+        assert_same(moments(model, sites, EXAMPLES[1:] + EXAMPLES[1:2], SKETCH, token_budget=1), one_by_one)
+
+
+def test_chunks_of_full_gradients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    sites = all_sites(model)
+    whole = moments(model, sites, EXAMPLES, FULL, token_budget=1000)
+    monkeypatch.setattr(collect, "FULL_CHUNK", 1)
+    assert_same(moments(model, sites, EXAMPLES, FULL, token_budget=1000), whole)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
+    """A model as a user may hand it over: training mode with dropout, weights that want gradients, its own experts."""
+    model = (tiny_mixtral() if name == "mixtral" else tiny_model(name)).train().requires_grad_(True)
+    model.lm_head.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    before = copy.deepcopy(model.state_dict())
+    implementation = model.get_experts_implementation()
+    ids = torch.arange(12)[None]
+    logits = model.eval()(input_ids=ids).logits
+    model.train().lm_head.eval()
+    sites = all_sites(model)
+    measured = moments(model, sites, EXAMPLES, LORA, token_budget=30)
+    assert_same(measured, moments(build(name), sites, EXAMPLES, LORA, token_budget=30), 1e-4)  # no dropout in it
+    assert model.training and model.base_model.training and not model.lm_head.training
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.get_experts_implementation() == implementation
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    assert not any(getattr(module, kind) for module in model.modules() for kind in hooks)
+    assert torch.equal(model.eval()(input_ids=ids).logits, logits)
+
+
+def test_the_model_is_restored_after_an_error_too() -> None:
+    model = build("mixtral")
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericError):
+        moments(model, all_sites(model), EXAMPLES, FULL, token_budget=30)
+    assert model.get_experts_implementation() == {"": "eager"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_expert_without_tokens_measures_zero() -> None:
+    model = build("mixtral")
+    sites = find_sites(model, ["layers.1.mlp.experts.down_proj[5]"])
+    (kept,) = moments(model, sites, EXAMPLES, FULL, token_budget=30)[sites[0].name].values()
+    assert kept.count == len(EXAMPLES) and kept.mean.shape == sites[0].shape and not kept.second.any()
+
+
+@pytest.mark.parametrize("probe", [LORA, SKETCH])
+def test_without_full_space_nothing_of_the_size_of_a_weight_is_kept(probe: Probe) -> None:
+    model = build("llama")
+    sites = all_sites(model)
+    for site in sites:
+        out, features = site.shape
+        factors = moments(model, [site], EXAMPLES, probe, token_budget=30)[site.name].values()
+        shapes = {tuple(t.shape) for kept in factors for t in kept.tensors().values()}
+        assert shapes == {(out, probe.rank), (probe.rank, features)}
+
+
+def test_a_probe_depends_on_the_seed_and_the_site_alone() -> None:
+    sites = all_sites(build("llama"))
+    first = LORA.factors(sites[3], torch.device("cpu"))
+    assert torch.equal(first["A"], LORA.factors(sites[3], torch.device("cpu"))["A"])
+    for other in (
+        LORA.factors(sites[4], torch.device("cpu")),
+        dataclasses.replace(LORA, seed=8).factors(sites[3], torch.device("cpu")),
+    ):
+        assert other["A"].shape != first["A"].shape or not torch.equal(other["A"], first["A"])
+
+
+def importance(space: str = "lora", score: str = "variance", **about: object) -> Importance:
+    model = build("llama")
+    sites = find_sites(model, ["q_proj", "down_proj"])
+    forget, retain = EXAMPLES[:2], EXAMPLES[2:]
+    return measure.measure(model, sites, forget, retain, score=score, probe=PROBES[space], token_budget=30, about=about)
+
+
+@pytest.mark.parametrize("space", PROBES)
+def test_a_saved_importance_is_read_back_exactly(space: str, tmp_path: Path) -> None:
+    saved = importance(space, model="m", forget="f")
+    saved.save(tmp_path / "importance.safetensors")
+    loaded = Importance.load(tmp_path / "importance.safetensors")
+    assert (loaded.score, loaded.probe, loaded.floor, loaded.about) == ("variance", PROBES[space], None, saved.about)
+    for ours, theirs in ((saved.forget, loaded.forget), (saved.retain, loaded.retain)):
+        assert ours.keys() == theirs.keys()
+        for site in ours:
+            for factor, kept in ours[site].items():
+                assert kept.count == theirs[site][factor].count
+                for name, tensor in kept.tensors().items():
+                    assert torch.equal(tensor, theirs[site][factor].tensors()[name])
+
+
+def test_importance_of_something_else_is_refused_in_one_line_that_names_it(tmp_path: Path) -> None:
+    about = {"model": {"files": {"a": "1"}}, "forget": "f", "dtype": "float32"}
+    found = importance(**about)
+    found.save(tmp_path / "i.safetensors")
+    found = Importance.load(tmp_path / "i.safetensors")
+    sites = find_sites(build("llama"), ["q_proj"])
+    found.check_reusable(sites, about, "variance", LORA)
+    found.check_reusable(sites, about, "fisher", LORA)  # every score comes from the same moments
+    more = all_sites(build("llama"))
+    cases = {
+        "another model ": (sites, about | {"model": {"files": {"a": "2"}}}, "variance", LORA),
+        "another forget ": (sites, about | {"forget": "g"}, "variance", LORA),
+        "another rank ": (sites, about, "variance", dataclasses.replace(LORA, rank=4)),
+        "another space ": (sites, about, "variance", SKETCH),
+        "another seed ": (sites, about, "variance", dataclasses.replace(LORA, seed=1)),
+        "k_proj was not measured": (more, about, "variance", LORA),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(DataError, match=message) as error:
+            found.check_reusable(*arguments)
+        assert "\n" not in str(error.value)
+    published = dataclasses.replace(found, floor=1e-5)
+    published.check_reusable(sites, about, "variance", LORA)
+    with pytest.raises(DataError, match="paper-code for --score variance"):
+        published.check_reusable(sites, about, "fisher", LORA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "absolute", "probe": SKETCH}, "--score absolute cannot be estimated with --space sketch"),
+        ({"score": "varience"}, "variance"),
+        ({"probe": dataclasses.replace(LORA, space="loar")}, "lora"),
+        ({"score": "absolute", "paper_code": True}, "--compat paper-code covers"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(changes: dict, message: str) -> None:
+    model = build("llama")
+    settings = {"score": "variance", "probe": LORA, "token_budget": 30} | changes
+    with pytest.raises(UsageError, match=message):
+        measure.measure(model, all_sites(model), EXAMPLES, EXAMPLES, **settings)
+
+
+def test_values_that_are_not_finite_are_named_by_row_or_site() -> None:
+    model = tiny_llama()
+    sites = find_sites(model, ["v_proj"])
+    with pytest.raises(NumericError, match=r"moments of site 'model\.layers\.\d\.self_attn\.v_proj'"):
+        moments(model, sites, EXAMPLES, dataclasses.replace(LORA, scaling=1e30), token_budget=30)
+    model.model.layers[1].mlp.down_proj.weight.data[2, 3] = float("nan")
+    with pytest.raises(NumericError, match=r"loss on data\.jsonl:\d is nan"):
+        moments(model, sites, EXAMPLES, LORA, token_budget=30)
+
+
+def test_a_layer_used_twice_per_pass_is_refused() -> None:
+    """Its gradient comes in two parts, whose squares do not add up to the square of the sum."""
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    with pytest.raises(UsageError, match="more than once per pass") as error:
+        moments(model, all_sites(model), EXAMPLES, LORA, token_budget=30)
+    assert "layers.0.mlp.up_proj" in str(error.value)

@@ -1,0 +1,228 @@
+"""The pipeline end to end on the tiny model: what is written, that it is right, and that a failure leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from conftest import write_rows
+from lorasure import artifacts, lora, pipeline, stages
+from lorasure.config import ForgetSettings
+from lorasure.errors import DataError, NumericError, UsageError
+from lorasure.init.apply import INITS
+from lorasure.losses.forget import FORGET_LOSSES
+
+FILES = {
+    "config.yaml",
+    "data.json",
+    "importance.safetensors",
+    "init.safetensors",
+    "trained.safetensors",
+    "train.jsonl",
+    "summary.json",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/README.md",
+}
+
+
+@pytest.fixture
+def settings(model_folder, data_files, tmp_path):
+    """Settings of a short run; keyword arguments override them."""
+    forget, retain = map(str, data_files)
+    common = {"model": str(model_folder), "forget": forget, "retain": retain, "rank": 2, "epochs": 2, "lr": 1e-2}
+
+    def make(out="run", **options):
+        return ForgetSettings(**common | {"out": str(tmp_path / out)} | options)
+
+    return make
+
+
+def adapter_hash(result):
+    return artifacts.sha256(result.adapter / "adapter_model.safetensors")
+
+
+def test_a_run_has_all_its_files_and_a_right_manifest(settings):
+    run = pipeline.forget(settings()).folder
+    listed = artifacts.read_json(run / "manifest.json")["files"]
+    found = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
+    assert found == FILES | {"manifest.json"} and listed.keys() == FILES
+    for name, about in listed.items():
+        assert about == {"sha256": artifacts.sha256(run / name), "bytes": (run / name).stat().st_size}
+
+
+def test_summary(settings):
+    result = pipeline.forget(settings())
+    stored = artifacts.read_json(result.folder / "summary.json")
+    assert stored == json.loads(json.dumps(result.summary))
+    assert {"before", "after", "base", "settings", "export", "seconds", "peak_memory_bytes", "verdict"} <= stored.keys()
+    assert stored["before"]["forget"]["n"] == 6 and stored["after"]["retain"]["n"] == 10
+    assert stored["export"]["rank"] == 4
+    assert stored["export"]["max_logit_difference"] <= stored["export"]["bound"] == 1e-4
+    lines = [json.loads(line) for line in (result.folder / "train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(line["forget"]) for line in lines)
+
+
+def test_only_the_user_can_read_the_run_and_no_file_holds_the_text(settings, tmp_path):
+    secret = "Quillfeather"
+    rows = [{"question": f"Who is {secret} {i}?", "answer": f"{secret} is {i}."} for i in range(3)]
+    path = write_rows(tmp_path / "secret.jsonl", rows)
+    run = pipeline.forget(settings(forget=str(path), loss="dpo")).folder
+    for file in [run, *run.rglob("*")]:
+        assert file.stat().st_mode & 0o077 == 0, file
+        assert file.is_dir() or secret.encode() not in file.read_bytes(), file
+
+
+def test_the_adapter_needs_nothing_of_ours(settings, model_folder):
+    result = pipeline.forget(settings())
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        original = base(ids).logits
+        changed = PeftModel.from_pretrained(base, result.adapter)(ids).logits
+    assert (original - changed).abs().max() > 1e-3
+
+
+def test_the_base_is_never_written(settings, model_folder):
+    before = {p: artifacts.sha256(p) for p in model_folder.iterdir()}
+    pipeline.forget(settings(merge=True))
+    assert before == {p: artifacts.sha256(p) for p in model_folder.iterdir()}
+
+
+def test_merged_weights_equal_base_and_adapter(settings, model_folder):
+    result = pipeline.forget(settings(merge=True))
+    ids = torch.arange(20)[None]
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    merged = AutoModelForCausalLM.from_pretrained(result.folder / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(ids).logits, PeftModel.from_pretrained(base, result.adapter)(ids).logits, atol=1e-4, rtol=0
+        )
+
+
+def test_same_seed_same_bytes_and_batching_changes_only_rounding(settings):
+    one, two = (pipeline.forget(settings(name)) for name in ("one", "two"))
+    other_seed = pipeline.forget(settings("three", seed=1))
+    assert adapter_hash(one) == adapter_hash(two) != adapter_hash(other_seed)
+    split = pipeline.forget(settings("four", tokens_per_batch=80))
+    for name, value in one.summary["after"].items():
+        assert split.summary["after"][name]["value"] == pytest.approx(value["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("coverage", [1.0, 0.25])
+def test_every_init_alone_and_by_stages(settings, init, coverage):
+    options = {"init": init, "coverage": coverage, "epochs": 1}
+    if coverage < 1 and INITS[init].evidence != "importance":
+        options |= {"score": "variance", "space": "lora"}
+    whole = pipeline.forget(settings("whole", **options))
+    staged = settings("staged", **options)
+    run = pipeline.importance_command(staged)
+    pipeline.init_command(run, staged)
+    pipeline.train_command(run, staged)
+    assert adapter_hash(whole) == adapter_hash(pipeline.export_command(run, staged))
+
+
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_every_loss(settings, loss):
+    summary = pipeline.forget(settings(loss=loss, epochs=1)).summary
+    assert math.isfinite(summary["after"]["forget"]["value"])
+
+
+@pytest.mark.parametrize("init", ["vila", "fila"])
+def test_published_arithmetic(settings, init):
+    mine, theirs = (pipeline.forget(settings(str(c), init=init, compat=c)) for c in (None, "paper-code"))
+    assert adapter_hash(mine) != adapter_hash(theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "fisher", "space": "full"},
+        {"score": "absolute", "space": "lora"},
+        {"init": "sketch", "probe_rank": 3},
+        {"solver": "rows-and-columns", "init": "sketch"},
+        {"split": "published", "pairing": "cyclic", "retain_rows": 3},
+    ],
+    ids=str,
+)
+def test_other_settings(settings, options):
+    assert pipeline.forget(settings(**options, epochs=1)).summary["export"]["rank"] == 4
+
+
+def test_importance_of_an_earlier_run(settings, data_files):
+    first = pipeline.forget(settings("first"))
+    again = pipeline.forget(settings("again", importance=str(first.folder)))
+    assert adapter_hash(first) == adapter_hash(again) and "importance" not in again.summary["seconds"]
+    with data_files[0].open("a") as file:
+        file.write('{"question": "new", "answer": "row"}\n')
+    with pytest.raises(DataError, match="measured on another forget"):
+        pipeline.forget(settings("third", importance=str(first.folder)))
+    with pytest.raises(DataError, match="the rows have changed"):
+        pipeline.train_command(first.folder, settings("first"))
+
+
+def test_a_stage_refuses_what_an_earlier_one_settled_and_other_files(settings):
+    run = pipeline.forget(settings()).folder
+    for options in ({"seed": 1}, {"rank": 3}, {"init": "pissa"}, {"max_length": 99}):
+        with pytest.raises(UsageError, match="settled by an earlier stage"):
+            pipeline.train_command(run, settings(**options))
+    path = run / "init.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DataError, match="changed after it was written"):
+        pipeline.train_command(run, settings())
+
+
+def test_a_damaged_adapter_fails_the_check_and_nothing_is_left(settings, tmp_path, monkeypatch):
+    save = lora.save_adapter
+
+    def damaging(wrapped, *args):
+        with torch.no_grad():
+            layer = next(p for name, p in wrapped.named_parameters() if "lora_A" in name)
+            kept = layer.clone()
+            layer += 1
+            save(wrapped, *args)
+            layer.copy_(kept)
+
+    done = pipeline.forget(settings("done"))
+    before = {p: artifacts.sha256(p) for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(lora, "save_adapter", damaging)
+    with pytest.raises(NumericError, match="differs from the trained model"):
+        pipeline.forget(settings("never"))
+    with pytest.raises(NumericError, match="differs from the trained model"):
+        pipeline.export_command(done.folder, settings("done"))
+    with pytest.raises(NumericError):
+        pipeline.forget(settings("done", overwrite=True))
+    assert before == {p: artifacts.sha256(p) for p in tmp_path.rglob("*") if p.is_file()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_check_export_bounds():
+    logits = torch.tensor([[1.0, 100.0]])
+    assert stages.check_export(logits, logits + 5e-5, torch.float32)["bound"] == 1e-4
+    for found in (logits + 1e-2, logits * float("nan")):
+        with pytest.raises(NumericError):
+            stages.check_export(logits, found, torch.float32)
+    assert stages.check_export(logits, logits + 1, torch.bfloat16)["bound"] > 1
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "known", "harmed", "said"),
+    [
+        (0.8, 0.9, True, False, "still known. Try a higher learning rate (--lr 0.0003)"),
+        (0.1, 0.5, False, True, "retain set suffered"),
+        (0.1, 0.9, False, False, "is forgotten"),
+    ],
+)
+def test_verdict(forget, retain, known, harmed, said):
+    def scores(f, r):
+        return {"forget": {"value": f}, "retain": {"value": r}}
+
+    summary = {"before": scores(0.9, 0.9), "after": scores(forget, retain), "settings": {"lr": 1e-4}}
+    found = stages.verdict(summary)
+    assert (found["still_known"], found["retain_harmed"]) == (known, harmed) and said in found["text"]
