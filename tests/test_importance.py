@@ -226,9 +226,12 @@ def test_importance_of_something_else_is_refused_in_one_line_that_names_it(tmp_p
             found.check_reusable(*arguments)
         assert "\n" not in str(error.value)
     published = dataclasses.replace(found, floor=1e-5)
-    published.check_reusable(sites, about, "variance", LORA)
+    published.check_reusable(sites, about, "variance", LORA, paper_code=True)
     with pytest.raises(DataError, match="paper-code for --score variance"):
-        published.check_reusable(sites, about, "fisher", LORA)
+        published.check_reusable(sites, about, "fisher", LORA, paper_code=True)
+    for other, paper_code in ((published, False), (found, True)):
+        with pytest.raises(DataError, match="another --compat"):
+            other.check_reusable(sites, about, "variance", LORA, paper_code=paper_code)
 
 
 @pytest.mark.parametrize(

@@ -148,17 +148,15 @@ def table(rows: list[dict], target: float) -> str:
         o = row["options"]
         name = " ".join([o["init"], o["loss"], *(f"{k}={v}" for k, v in o.items() if k not in KNOWN)])
         groups.setdefault(name, {}).setdefault(o["lr"], []).append(row)
-    lines = ["| method | trials | lr | seeds | log10 forget quality | utility | forget probability | s | GiB |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines = ["| method | trials | lr | seeds | log10 forget quality | utility | forget probability |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name, rates in groups.items():
         lr, best = max(rates.items(), key=lambda item: (len(item[1]), quality(item[1][0])))
         values = [quality(r) for r in best]
         shares = [r["scores"]["utility"]["value"] / target for r in best]
         lines.append(
             f"| {name} | {len(rates)} | {lr:g} | {len(best)} | {spread(values, '.2f')} | {spread(shares, '.1%')} "
-            f"| {spread([r['scores']['probability']['value'] for r in best], '.4f')} "
-            f"| {max(r['command_seconds'] for r in best):.0f} "
-            f"| {max(r['command_peak_bytes'] for r in best) / 2**30:.2f} |"
+            f"| {spread([r['scores']['probability']['value'] for r in best], '.4f')} |"
         )
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from . import artifacts, lora
 from .config import DemoSettings, FinetuneSettings, ForgetSettings, ModelSettings
@@ -29,6 +30,7 @@ from .progress import Reporter
 
 PEOPLE, FORGOTTEN, COUNTRIES = 40, 5, 12
 VOCABULARY = 1024
+END = "<|end|>"
 LEARN = {"lr": 2e-3, "epochs": 40, "batch_size": 16, "schedule": "cosine", "warmup": 0.05, "max_length": 128}
 FORGET = {"lr": 3e-3, "epochs": 8, "batch_size": 8, "max_length": 128}
 SHOWN_ANSWERS = 3
@@ -45,16 +47,15 @@ def demo(settings: DemoSettings, reporter: Reporter | None = None) -> dict[str, 
     with artifacts.new_folder(out, settings.overwrite) as folder:
         make_data(folder, settings.seed)
         make_model(folder / "start", folder, settings.seed)
-        for name, data in (("target", "all"), ("retrained", "kept")):
-            reporter.note(f"Training the {name} model on {data}.jsonl.")
-            options = {"model": f"{folder}/start", "data": f"{folder}/{data}.jsonl", "out": f"{folder}/{name}"}
-            finetune(FinetuneSettings(**options, **LEARN, seed=settings.seed), reporter)
-        reporter.note(f"Forgetting {FORGOTTEN} of {PEOPLE} people.")
-        data = {"forget": f"{folder}/forget.jsonl", "retain": f"{folder}/retain.jsonl"}
-        options = {"model": f"{folder}/target", "out": f"{folder}/run", **data}
-        forget(ForgetSettings(**options, **FORGET, seed=settings.seed), reporter)
-        with reporter.stage("compare"):
-            compared = {name: _examine(folder, name) for name in ("target", "forgotten", "retrained")}
+    for name, data in (("target", "all"), ("retrained", "kept")):
+        reporter.note(f"Training the {name} model on {data}.jsonl.")
+        options = {"model": f"{out}/start", "data": f"{out}/{data}.jsonl", "out": f"{out}/{name}"}
+        finetune(FinetuneSettings(**options, **LEARN, seed=settings.seed), reporter)
+    reporter.note(f"Forgetting {FORGOTTEN} of {PEOPLE} people.")
+    files = {"forget": f"{out}/forget.jsonl", "retain": f"{out}/retain.jsonl", "out": f"{out}/run"}
+    forget(ForgetSettings(model=f"{out}/target", **files, **FORGET, seed=settings.seed), reporter)
+    with reporter.stage("compare"):
+        compared = {name: _examine(out, name) for name in ("target", "forgotten", "retrained")}
     scores = {name: _scores(seen, compared["retrained"]) for name, seen in compared.items()}
     _print(compared, scores, out)
     return scores
@@ -72,8 +73,10 @@ def make_data(folder: Path, seed: int) -> None:
 
 def make_model(out: Path, data: Path, seed: int) -> None:
     """A small Llama with random weights and a byte-level BPE tokenizer trained on the demo's text."""
+    logging.disable_progress_bar()
     texts = [f"{row.prompt} {row.answer}" for row in read_rows(data / "all.jsonl").rows]
     tokenizer = _tokenizer(texts)
+    end = tokenizer.convert_tokens_to_ids(END)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -85,8 +88,8 @@ def make_model(out: Path, data: Path, seed: int) -> None:
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
     )
     LlamaForCausalLM(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -97,12 +100,11 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    end = "<|end|>"
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 
 @dataclass(frozen=True)

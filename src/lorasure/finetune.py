@@ -26,7 +26,9 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     lookup(dict.fromkeys(SCHEDULES), settings.schedule, "--schedule")
     check_template(settings.template)
     device = pick_device(settings.device)
-    dtype = pick_dtype(settings.dtype, device)
+    # Small updates vanish in half-precision weights, so training all of them is float32 unless the user says otherwise.
+    whole = settings.rank is None and settings.dtype == "auto"
+    dtype = pick_dtype("float32" if whole else settings.dtype, device)
     with reporter.held():
         tokenizer = load_tokenizer(settings.model, settings.revision)
         with reporter.stage("read data"):

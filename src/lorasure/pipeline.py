@@ -85,15 +85,20 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
     artifacts.check_run(run, artifacts.START, artifacts.TRAINED)
     bench = _reopen(run, settings, reporter, ExportSettings)
     start = Start.load(run / artifacts.START, bench.sites)
-    wrapped = attach_start(bench, start)
-    lora.set_trained(wrapped, Start.load(run / artifacts.TRAINED, bench.sites).factors)
     before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with artifacts.changed_run(run, kept) as changed:
         _write_inputs(bench, changed)
         update_summary(changed, {"before": before})
-        summary = export(bench, changed, start, wrapped)
+        summary = export(bench, changed, start, _trained(bench, run, start))
     return Result(run, summary)
+
+
+def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
+    """The trained model of a run, rebuilt from its files."""
+    wrapped = attach_start(bench, start)
+    lora.set_trained(wrapped, Start.load(run / artifacts.TRAINED, bench.sites).factors)
+    return wrapped
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def load_importance(bench: Workbench, run: Path) -> Importance:
     artifacts.check_run(run, artifacts.IMPORTANCE)
     found = Importance.load(run / artifacts.IMPORTANCE)
     score = str(bench.score)
-    found.check_reusable(bench.sites, bench.about(), score, bench.probe)
+    found.check_reusable(bench.sites, bench.about(), score, bench.probe, paper_code=bench.settings.compat is not None)
     return replace(found, score=score)
 
 
@@ -205,7 +205,8 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
             wrapped, compression = lora.compressed(wrapped, start.factors, s.export_rank)
         lora.save_adapter(wrapped, run / artifacts.ADAPTER, bench.fingerprint["source"], bench.fingerprint["revision"])
         expected = _logits(wrapped, probes)
-        wrapped.unload()
+        del wrapped
+        bench.release_model()
         fresh = lora.load_adapter(bench.fresh_model(), run / artifacts.ADAPTER)
         check = check_export(expected, _logits(fresh, probes), bench.dtype)
     after = score_sets(bench, fresh)

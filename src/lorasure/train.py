@@ -236,33 +236,20 @@ def _finite_norm(step: int, losses: Mapping[str, float], parameters: Mapping[str
 
 @contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the context, the backward pass recomputes each layer's activations, and dropout stays off.
+    """Within the context, the backward pass recomputes each layer's activations.
 
-    transformers recomputes only layers in training mode, so a layer is in that mode except while it runs.
+    transformers' own switch works in training mode only, where the base's dropout would be active.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it.")
     for layer in layers:
-        layer.gradient_checkpointing = layer.training = True
-        setattr(layer, "_gradient_checkpointing_func", partial(_recomputed, layer))  # noqa: B010  not declared
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.gradient_checkpointing = layer.training = False
-            del layer._gradient_checkpointing_func
-
-
-def _recomputed(layer: nn.Module, forward: Callable, *args: Any) -> Any:
-    def without_dropout(*args: Any) -> Any:
-        layer.training = False
-        try:
-            return forward(*args)
-        finally:
-            layer.training = True
-
-    return checkpoint(without_dropout, *args, use_reentrant=False)
+            del layer.forward
 
 
 def _out_of_memory(step: int, token_budget: int) -> str:

@@ -93,6 +93,10 @@ class Workbench:
         with self.reporter.stage("load model"):
             return self.fresh_model()
 
+    def release_model(self) -> None:
+        """Give the loaded model's memory back; `model` would load it again."""
+        self.__dict__.pop("model", None)
+
     def fresh_model(self) -> PreTrainedModel:
         """The base, read anew from its files."""
         s = self.settings

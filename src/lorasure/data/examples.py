@@ -14,9 +14,10 @@ IGNORED = -100  # the label of a token that carries no loss, as in transformers
 class Row:
     """One row of a data set, before tokenization.
 
-    `prompt` and `answer` are what the template joins; `kind` says how: `qa` (question and answer, templated), `completion`
-    (joined as they are), `chat` (`messages` before the answer, through the chat template) or `text` (no prompt; the answer is
-    cut into windows). `source` and `line` (counted from 1) are for messages to the user. The text itself is never logged.
+    `prompt` and `answer` are what the template joins; `kind` says how: `qa` (question and answer, templated),
+    `completion` (joined as they are), `chat` (`messages` before the answer, through the chat template) or `text` (no
+    prompt; the answer is cut into windows). `source` and `line` (counted from 1) are for messages to the user. The text
+    itself is never logged.
     """
 
     prompt: str
@@ -53,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch, every tensor of shape (examples, tokens) and dtype int64. Padding carries attention 0 and label -100."""
+    """A padded batch, every tensor (examples, tokens) of dtype int64. Padding has attention 0 and label -100."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -93,7 +94,7 @@ def collate(examples: Sequence[Example], side: str = "right") -> Batch:
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices grouped by length so that each group, padded, holds at most `token_budget` tokens (or one row, if longer).
+    """Indices grouped by length so that each group, padded, holds at most `token_budget` tokens (or a single row).
 
     Longest first, so that the peak of memory comes in the first batch and not in the last.
     """

@@ -18,9 +18,10 @@ from ..forward import Progress, answer_records, base_of
 
 @dataclass(frozen=True)
 class ChoiceRecords:
-    """Mean NLL per answer token (nats) of the true, the paraphrased and the wrong answers; `correct`: argmax hits per token.
+    """Mean NLL per answer token (nats) of the true, the paraphrased and the wrong answers, in row order.
 
-    Lists are in row order. `paraphrase` equals `true` where the rows carry no paraphrase (TOFU's real authors and world facts).
+    `correct`: per token of the true answer, whether it is the argmax. `paraphrase` equals `true` where the rows carry
+    no paraphrase (TOFU's real authors and world facts).
     """
 
     true: list[float]

@@ -114,13 +114,11 @@ def normalised_probability(nll_true: Floats, nll_wrong: Sequence[Floats], *, see
     return mean_score(shares, seed=seed)
 
 
-def truth_ratio_values(
-    nll_paraphrase: Floats, nll_wrong: Sequence[Floats], *, mean: str = "geometric"
-) -> np.ndarray:
-    """Per example R = mean_j exp(-L_wrong,j) / exp(-L_paraphrase), shape (n,): 1 if wrong and right are equally likely.
+def truth_ratio_values(nll_paraphrase: Floats, nll_wrong: Sequence[Floats], *, mean: str = "geometric") -> np.ndarray:
+    """Per example R = mean_j exp(-L_wrong,j) / exp(-L_paraphrase), (n,): 1 if wrong and right are equally likely.
 
-    `mean`: the geometric mean of the wrong answers' probabilities, as in TOFU's tables, or the arithmetic one, as in its
-    in-training evaluation, which gives other values. log R is held within the range where R and 1/R are finite.
+    `mean`: the geometric mean of the wrong answers' probabilities, as in TOFU's tables, or the arithmetic one, as in
+    its in-training evaluation, which gives other values. log R is held within the range where R and 1/R are finite.
     """
     average = lookup(_LOG_MEANS, mean, "mean")
     right = _vector(nll_paraphrase, "nll_paraphrase")

@@ -54,6 +54,7 @@ class Importance:
         return site_weights(self.score, self.probe.space, forget, retain, self.floor)
 
     def save(self, path: Path) -> None:
+        """All moments in one safetensors file; counts, units and what they were measured on go into its header."""
         tensors: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         for name, measured in (("forget", self.forget), ("retain", self.retain)):
@@ -72,6 +73,7 @@ class Importance:
 
     @classmethod
     def load(cls, path: Path) -> Importance:
+        """What `save` wrote."""
         tensors, about = artifacts.read_tensors(path)
         sets: dict[str, SetMoments] = {"forget": {}, "retain": {}}
         parts: dict[tuple[str, str, str], dict[str, Tensor]] = {}
@@ -83,7 +85,9 @@ class Importance:
         probe = Probe(**about["probe"])
         return cls(about["score"], probe, sets["forget"], sets["retain"], about["floor"], about["about"])
 
-    def check_reusable(self, sites: Sequence[Site], about: dict[str, Any], score: str, probe: Probe) -> None:
+    def check_reusable(
+        self, sites: Sequence[Site], about: dict[str, Any], score: str, probe: Probe, *, paper_code: bool = False
+    ) -> None:
         """Refuse importance of another model, data set, layer set or setting, and say which."""
         wanted = {"model and data": about, "--space and probe settings": asdict(probe)}
         found = {"model and data": self.about, "--space and probe settings": asdict(self.probe)}
@@ -91,7 +95,9 @@ class Importance:
             changed = [k for k in value if value[k] != found[what].get(k)]
             if changed:
                 raise DataError(f"--importance: measured on another {changed[0]} (of {what}); measure it again.")
-        if self.floor is not None and score != self.score:
+        if paper_code != (self.floor is not None):
+            raise DataError("--importance: measured with another --compat; measure it again.")
+        if paper_code and score != self.score:
             raise DataError(f"--importance: made with --compat paper-code for --score {self.score}; measure it again.")
         missing = [site.name for site in sites if site.name not in self.forget]
         if missing:

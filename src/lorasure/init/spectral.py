@@ -15,6 +15,7 @@ KRYLOV_STEPS = 8
 
 
 def check_rank(matrix: torch.Tensor, rank: int) -> None:
+    """Raise UsageError unless the matrix can have that rank."""
     if not 1 <= rank <= min(matrix.shape):
         raise UsageError(f"rank must be in [1, {min(matrix.shape)}], got {rank}")
 
