@@ -32,12 +32,16 @@ def evidence_for(site, init, seed=0):
     return Evidence(forget=moment(size, seed), retain=moment(size, seed + 1)) if size else Evidence()
 
 
+def unmeasured(site):
+    return Evidence()
+
+
 def started(name, architecture="llama", request=REQUEST, split=None, **changes):
     """(model, start, bases) of one row of INITS on every layer of a tiny model."""
     model, init = tiny_model(architecture), INITS[name]
     sites = all_sites(model)
     evidence = {site.name: evidence_for(site, init) for site in sites} | changes
-    return model, *initialise(model, sites, init, evidence, request, split)
+    return model, *initialise(model, sites, init, lambda site: evidence[site.name], request, split)
 
 
 def product(factors):
@@ -179,7 +183,7 @@ def test_a_rank_above_a_layer_names_the_layer_and_the_range():
         with pytest.raises(UsageError, match=message):
             check_rank(all_sites(model), rank)
         with pytest.raises(UsageError, match=message):
-            initialise(model, all_sites(model), INITS["pissa"], {}, replace(REQUEST, rank=rank), None)
+            initialise(model, all_sites(model), INITS["pissa"], unmeasured, replace(REQUEST, rank=rank), None)
     check_rank(all_sites(model), 8)
 
 
@@ -191,7 +195,7 @@ def test_a_broken_weight_is_found_and_named(name):
     broken = find_sites(model, ["layers.1.mlp.up_proj"])[0]
     model.get_submodule(broken.module).weight[2, 3] = float("nan")
     with pytest.raises(NumericError, match=f"init: at '{broken.name}', the weight has a non-finite value"):
-        initialise(model, sites, init, evidence, REQUEST, None)
+        initialise(model, sites, init, lambda site: evidence[site.name], REQUEST, None)
 
 
 def test_broken_evidence_and_broken_factors_are_named():
@@ -206,7 +210,7 @@ def test_broken_evidence_and_broken_factors_are_named():
     model = tiny_model("llama")
     own = Init("", "", overflowing, "none", split="published")
     with pytest.raises(NumericError, match=f"init: at '{site.name}', factor B has a non-finite value"):
-        initialise(model, [site], own, {}, REQUEST, None)
+        initialise(model, [site], own, unmeasured, REQUEST, None)
 
 
 def test_an_unknown_split_is_refused():
@@ -216,5 +220,5 @@ def test_an_unknown_split_is_refused():
 
 def test_progress_counts_layers():
     model, counted = tiny_model("llama"), []
-    initialise(model, all_sites(model), INITS["pissa"], {}, REQUEST, None, counted.append)
+    initialise(model, all_sites(model), INITS["pissa"], unmeasured, REQUEST, None, counted.append)
     assert sum(counted) == len(all_sites(model))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasure.importance.moments import Moments
+from lorasure.importance.moments import Moments, wide
 
 SHAPE = (3, 2)
 splits = st.lists(st.integers(1, 7), min_size=1, max_size=8)
@@ -93,3 +95,10 @@ def test_half_precision_values_are_summed_in_float32() -> None:
     values = sample(600, 5, mean=1.0).bfloat16()
     assert_batch_formulas(streamed(values, [60] * 10), values)
     assert streamed(values, [600]).mean.dtype == torch.float32
+
+
+def test_float64_is_made_on_the_cpu_where_the_device_has_none() -> None:
+    there, here = torch.ones(2), torch.zeros(2)
+    assert wide(there).dtype == torch.float64 and torch.equal(wide(there), there.double())
+    stand_in = SimpleNamespace(device=torch.device("mps"), cpu=lambda: here)
+    assert torch.equal(wide(stand_in), here.double())

@@ -16,7 +16,7 @@ from lorasure.importance import paper_code
 from lorasure.importance.collect import Probe
 from lorasure.importance.measure import Importance, measure
 from lorasure.sites import Site, find_sites
-from reference_gradients import build
+from reference_gradients import build, tiny_mixtral
 
 PROBE = Probe("lora", rank=2, sigma=0.05, scaling=2.0, seed=3)
 FULL = dataclasses.replace(PROBE, space="full")
@@ -132,3 +132,11 @@ def test_combinations_that_were_not_published_are_refused() -> None:
     for score, probe in (("variance", FULL), ("fisher", PROBE), ("fisher", dataclasses.replace(PROBE, space="sketch"))):
         with pytest.raises(UsageError, match="covers --score fisher --space full or --score variance --space lora"):
             measure(model, sites, FORGET, RETAIN, score=score, probe=probe, token_budget=50, paper_code=True)
+
+
+def test_an_expert_without_tokens_scores_zero() -> None:
+    model = tiny_mixtral().eval()
+    sites = find_sites(model, ["layers.0.mlp.experts.gate_up_proj"])
+    found = measure(model, sites, FORGET, RETAIN, score="fisher", probe=FULL, token_budget=100, paper_code=True)
+    rows = [found.weights(site).rows for site in sites]
+    assert rows[0].any() and not rows[5].any() and rows[5].shape == sites[5].shape[:1]

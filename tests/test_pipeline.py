@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from architectures import tiny_model
 from conftest import write_rows
 from lorasure import artifacts, lora, pipeline, stages
 from lorasure.config import ForgetSettings
@@ -134,6 +137,36 @@ def test_every_loss(settings, loss):
     assert math.isfinite(summary["after"]["forget"]["value"])
 
 
+HALF = [{"init": init} for init in ("vila", "sketch", "reglu", "lora", "fila")] + [
+    {"loss": loss} for loss in ("npo", "kl")
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("options", HALF, ids=str)
+def test_half_precision_bases(settings, dtype, options):
+    check_half(pipeline.forget(settings(dtype=dtype, epochs=1, **options)), options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_half_precision_experts_and_transposed_weights(settings, tokenizer, tmp_path, name, dtype):
+    tiny_model(name).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / name)
+    options = {"loss": "kl"}
+    check_half(pipeline.forget(settings(model=str(tmp_path / name), dtype=dtype, epochs=1, **options)), options)
+
+
+def check_half(result, options):
+    """The adapter is float32 and exact; KL at the first step is that of a start that is the original model."""
+    export, log = result.summary["export"], (result.folder / "train.jsonl").read_text()
+    assert export["max_logit_difference"] <= export["bound"] / 8
+    assert result.summary["after"]["forget"] != result.summary["before"]["forget"]
+    assert {t.dtype for t in load_file(result.adapter / "adapter_model.safetensors").values()} == {torch.float32}
+    if options.get("loss") == "kl":
+        assert abs(json.loads(log.splitlines()[0])["retain"]) < 1e-3
+
+
 @pytest.mark.parametrize("init", ["vila", "fila"])
 def test_published_arithmetic(settings, init):
     mine, theirs = (pipeline.forget(settings(str(c), init=init, compat=c)) for c in (None, "paper-code"))
@@ -153,6 +186,51 @@ def test_published_arithmetic(settings, init):
 )
 def test_other_settings(settings, options):
     assert pipeline.forget(settings(**options, epochs=1)).summary["export"]["rank"] == 4
+
+
+def test_a_chat_model_end_to_end_on_questions_and_on_messages(settings, model_folder, tmp_path):
+    chat = tmp_path / "chat"
+    shutil.copytree(model_folder, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    pairs = [(f"Who is number {i}?", f"It is person {i * 7}.") for i in range(8)]
+    forms = {
+        "questions": lambda q, a: {"question": q, "answer": a},
+        "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+    }
+    hashes = set()
+    for name, form in forms.items():
+        rows = [form(*pair) for pair in pairs]
+        files = [str(write_rows(tmp_path / f"{name}{i}.jsonl", part)) for i, part in enumerate((rows[:3], rows[3:]))]
+        result = pipeline.forget(settings(name, model=str(chat), forget=files[0], retain=files[1], loss="dpo"))
+        assert artifacts.read_json(result.folder / "data.json")["forget"]["template"] == "chat"
+        hashes.add(adapter_hash(result))
+    assert len(hashes) == 1  # the same tokens
+
+
+def test_running_text_end_to_end(settings, tmp_path):
+    for name in ("secret", "kept"):
+        (tmp_path / f"{name}.txt").write_text(f"A {name} story of a town by the sea. " * 12)
+    files = {"forget": str(tmp_path / "secret.txt"), "retain": str(tmp_path / "kept.txt")}
+    summary = pipeline.forget(settings(**files, max_length=64, loss="npo", retain_loss="kl")).summary
+    assert summary["before"]["forget"]["n"] > 5 and summary["after"]["forget"] != summary["before"]["forget"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"loss": "dpo"}, "no question to refuse"), ({"pairing": "modular"}, "needs a group column")],
+)
+def test_what_training_cannot_use_is_refused_before_anything_is_measured(
+    settings, tmp_path, monkeypatch, options, said
+):
+    (tmp_path / "f.txt").write_text("Some text.")
+    monkeypatch.setattr(pipeline, "measure_importance", lambda *_: pytest.fail("measured"))
+    with pytest.raises((DataError, UsageError), match=said):
+        pipeline.forget(settings(forget=str(tmp_path / "f.txt"), **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_importance_of_an_earlier_run(settings, data_files):

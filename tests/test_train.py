@@ -11,7 +11,7 @@ from lorasure import lora
 from lorasure.config import OptimizerSettings
 from lorasure.data.examples import collate
 from lorasure.forward import answer_records
-from lorasure.init.apply import INITS, Request, initialise
+from lorasure.init.apply import INITS, Evidence, Request, initialise
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.sites import all_sites
@@ -33,7 +33,7 @@ def settings(**changes):
 
 def adapted(model, init="pissa"):
     sites = all_sites(model)
-    start, _ = initialise(model, sites, INITS[init], {}, Request(RANK, ALPHA / RANK), None)
+    start, _ = initialise(model, sites, INITS[init], lambda _: Evidence(), Request(RANK, ALPHA / RANK), None)
     return lora.attach(model, start, RANK, ALPHA, compensate=init != "lora")
 
 

@@ -76,7 +76,7 @@ def make_model(out: Path, data: Path, seed: int) -> None:
     logging.disable_progress_bar()
     texts = [f"{row.prompt} {row.answer}" for row in read_rows(data / "all.jsonl").rows]
     tokenizer = _tokenizer(texts)
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = tokenizer.get_vocab()[END]
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -8,7 +8,7 @@ from typing import Any
 from . import artifacts, lora
 from .config import FinetuneSettings
 from .data.load import load_data
-from .init.apply import INITS, Request, check_rank, initialise
+from .init.apply import INITS, Evidence, Request, check_rank, initialise
 from .models import load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .progress import Reporter
 from .registry import lookup
@@ -58,5 +58,5 @@ def _trainable(model: Any, settings: FinetuneSettings) -> Any:
     sites = find_sites(model)
     check_rank(sites, settings.rank)
     request = Request(settings.rank, settings.alpha / settings.rank, seed=settings.seed)
-    factors, _ = initialise(model, sites, INITS["lora"], {}, request, None)
+    factors, _ = initialise(model, sites, INITS["lora"], lambda _: Evidence(), request, None)
     return lora.attach(model, factors, settings.rank, settings.alpha, compensate=False)

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from .errors import UsageError
+from .importance.moments import wide
 from .init.low_rank import Factors
 from .sites import Site
 
@@ -190,8 +191,8 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
     By QR of both factors and an SVD of the small core, so no (out, in) matrix is formed (LoRA-Squeeze). Where the rank
     is above the matrix's smaller side, the components that cannot exist are zero.
     """
-    q_b, r_b = torch.linalg.qr(factors.B.double())
-    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    q_b, r_b = torch.linalg.qr(wide(factors.B))
+    q_a, r_a = torch.linalg.qr(wide(factors.A).T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = s[:rank].sqrt()
     energy = s.square().sum()

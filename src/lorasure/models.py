@@ -20,15 +20,16 @@ WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the accelerator when there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device must be auto, cpu, cuda, cuda:N or mps, got '{name}'.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: no CUDA device is available here.")
+    here = found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
+    if device.type != "cpu" and not here:
+        raise UsageError(f"--device {name}: there is no such device here.")
     return device
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,13 @@ def load_importance(bench: Workbench, run: Path) -> Importance:
 def make_start(bench: Workbench, run: Path, importance: Importance | None) -> Start:
     """Stage 2. Factors of every chosen site -> init.safetensors."""
     s = bench.settings
-    weights = {site.name: importance.weights(site) for site in bench.sites} if importance else {}
     sites = bench.sites
-    if s.coverage < 1:
-        names = set(choose_sites({name: w.mean for name, w in weights.items()}, s.coverage))
+    if s.coverage < 1 and importance:
+        names = set(
+            choose_sites({site.name: importance.weights(site, bench.device).mean for site in sites}, s.coverage)
+        )
         sites = [site for site in sites if site.name in names]
-    evidence = {name: Evidence(weights=w) for name, w in weights.items()}
-    if bench.init.evidence in ("outputs", "inputs"):
-        evidence = _activations(bench, sites)
+    evidence = _evidence(bench, sites, importance)
     with bench.reporter.stage("init", len(sites), "layers") as progress:
         factors, bases = initialise(bench.model, sites, bench.init, evidence, bench.request, s.split, progress)
     # Contiguous, as they come back from the file: another layout would round differently in a stage run alone.
@@ -129,7 +128,12 @@ def make_start(bench: Workbench, run: Path, importance: Importance | None) -> St
     return start
 
 
-def _activations(bench: Workbench, sites: Sequence[Site]) -> dict[str, Evidence]:
+def _evidence(bench: Workbench, sites: Sequence[Site], importance: Importance | None) -> Callable[[Site], Evidence]:
+    """What was measured for a site: weights made when asked for, or second moments measured for all sites now."""
+    if bench.init.evidence == "none":
+        return lambda site: Evidence()
+    if bench.init.evidence == "importance" and importance:
+        return lambda site: Evidence(weights=importance.weights(site, bench.device))
     sets = bench.data[0].examples, bench.measured_retain
     of_inputs = bench.init.evidence == "inputs"
     with bench.reporter.stage("activations", sum(map(len, sets))) as progress:
@@ -144,7 +148,7 @@ def _activations(bench: Workbench, sites: Sequence[Site]) -> dict[str, Evidence]
             )
             for examples in sets
         )
-    return {name: Evidence(forget=forget[name], retain=retain[name]) for name in forget}
+    return lambda site: Evidence(forget=forget[site.name], retain=retain[site.name])
 
 
 def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:

@@ -166,8 +166,8 @@ def fit(
     the start differ from the original model.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    device = next(iter(parameters.values())).device
-    accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False)
+    # The model stays where it is. Naming a device here would fix it for the whole process, in accelerate's own state.
+    accelerator = Accelerator(device_placement=False)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
     warmup = round(settings.warmup * len(steps))
     scheduler = get_scheduler(SCHEDULES[settings.schedule], optimizer, warmup, len(steps))

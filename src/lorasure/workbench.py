@@ -17,6 +17,7 @@ from .data.pairing import PAIRINGS, sample
 from .data.readers import check_disjoint
 from .errors import UsageError
 from .importance.collect import Probe
+from .importance.paper_code import check_published
 from .importance.scores import SCORES, SPACES, check_pair
 from .init.apply import INITS, Init, Request, check_rank, plain
 from .init.low_rank import SOLVERS, SPLITS
@@ -34,7 +35,7 @@ from .models import (
 from .progress import Reporter
 from .registry import lookup
 from .sites import Site, find_sites
-from .train import SCHEDULES, ForgetObjective
+from .train import SCHEDULES, ForgetObjective, forget_steps
 
 
 class Workbench:
@@ -51,8 +52,10 @@ class Workbench:
 
     def prepare(self) -> None:
         """Read the data and load the model now: everything that can be wrong with the input shows here, on one line."""
+        s = self.settings
         with self.reporter.held():
             _ = self.data, self.sites, self.fingerprint
+            next(forget_steps(self.objective(), epochs=1, batch_size=1, pairing=s.pairing, seed=s.seed))
 
     @property
     def init(self) -> Init:
@@ -200,6 +203,12 @@ def check_names(settings: ForgetSettings) -> None:
     score, space = settings.score or init.score, settings.space or init.space
     if score and space:
         check_pair(score, space)
+    if settings.compat:
+        if not (score and space):
+            raise UsageError(f"--compat paper-code is about importance, which --init {settings.init} does not measure.")
+        check_published(score, space)
+        if settings.solver != "rows":
+            raise UsageError(f"--compat paper-code solves by rows; --solver {settings.solver} does not go with it.")
     exact = settings.rank * (1 if init.function is plain else 2)  # any other start needs a frozen second half
     if settings.export_rank and settings.export_rank > exact:
         raise UsageError(f"--export-rank must be in [1, {exact}] (the exact rank), got {settings.export_rank}.")

@@ -53,6 +53,14 @@ class Probe:
             "B": (torch.randn(out, self.rank, generator=generator) * deviation).to(device),
         }
 
+    def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
+        """Factor name -> shape of its gradient, as `per_example` gives them."""
+        out, features = site.shape
+        if self.space == "full":
+            return {"W": site.shape}
+        left, right = ("B", "A") if self.space == "lora" else ("rows", "columns")
+        return {left: (out, self.rank), right: (self.rank, features)}
+
 
 def per_example(probe: Probe, factors: dict[str, Tensor], x: Tensor, d: Tensor) -> Iterable[dict[str, Tensor]]:
     """Per-example gradients (examples, ...) of one site from x (examples, tokens, in) and d (examples, tokens, out).
@@ -122,9 +130,7 @@ def _complete(result: SetMoments, sites: Sequence[Site], probe: Probe, count: in
     """Count the examples that never reached a site (an expert) as gradients of zero, or the mean would be too large."""
     for site in sites:
         if site.name not in result:
-            zero = torch.zeros(1, 1, site.shape[1], device=device), torch.zeros(1, 1, site.shape[0], device=device)
-            values = next(iter(per_example(probe, probe.factors(site, device), *zero)))
-            result[site.name] = {name: Moments.empty(value.shape[1:], device) for name, value in values.items()}
+            result[site.name] = {name: Moments.empty(shape, device) for name, shape in probe.shapes(site).items()}
         for kept in result[site.name].values():
             missing = count - kept.count
             if missing < 0:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,9 +49,9 @@ class Importance:
     floor: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
-    def weights(self, site: Site) -> Weights:
-        """Row, column and block weights of one site."""
-        forget, retain = self.forget[site.name], self.retain[site.name]
+    def weights(self, site: Site, device: torch.device | None = None) -> Weights:
+        """Row, column and block weights of one site, computed on `device` (default: where its moments are)."""
+        forget, retain = ({name: m.to(device) for name, m in s[site.name].items()} for s in (self.forget, self.retain))
         return site_weights(self.score, self.probe.space, forget, retain, self.floor)
 
     def save(self, path: Path) -> None:

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64: on its own device, or on the CPU where the device (Apple's MPS) has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 @dataclass
 class Moments:
     """Running moments of values g with any shape, in float32 (Chan's parallel update of Welford's algorithm).
@@ -47,6 +52,10 @@ class Moments:
         self.squares += other.squares + delta.square_() * (self.count * share)
         self.absolute += (other.absolute - self.absolute) * share
         self.count = total
+
+    def to(self, device: torch.device | None) -> Moments:
+        """The same moments on `device`; None leaves them where they are."""
+        return self if device is None else Moments(self.count, **{k: t.to(device) for k, t in self.tensors().items()})
 
     @property
     def variance(self) -> Tensor:

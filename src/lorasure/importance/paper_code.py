@@ -40,9 +40,7 @@ def paper_moments(
     progress: Progress | None = None,
 ) -> tuple[SetMoments, SetMoments]:
     """The two sets' published scores, as Moments whose `second` and `variance` are that score; the floor is EPSILON."""
-    if (score, probe.space) not in PUBLISHED:
-        choices = " or ".join(f"--score {s} --space {p}" for s, p in PUBLISHED)
-        raise UsageError(f"--compat paper-code covers {choices}, got --score {score} --space {probe.space}.")
+    check_published(score, probe.space)
     generator = random.Random(probe.seed)
     sums: dict[str, _Sums] = {"forget": _Sums(), "retain": _Sums()}
     for _ in range(PASSES):
@@ -53,7 +51,15 @@ def paper_moments(
             sums["retain"].add(model, sites, generator.choices(retain, k=len(chosen)), probe)
             if progress:
                 progress(2 * len(chosen))
-    return sums["forget"].scores(score), sums["retain"].scores(score)
+    forget_scores, retain_scores = (sums[name].scores(score, sites, probe, model.device) for name in sums)
+    return forget_scores, retain_scores
+
+
+def check_published(score: str, space: str) -> None:
+    """Only what the scripts do has an arithmetic to reproduce. Raises UsageError for anything else."""
+    if (score, space) not in PUBLISHED:
+        choices = " or ".join(f"--score {s} --space {p}" for s, p in PUBLISHED)
+        raise UsageError(f"--compat paper-code covers {choices}, got --score {score} --space {space}.")
 
 
 class _Sums:
@@ -89,14 +95,16 @@ class _Sums:
             self.first[key] = self.first.get(key, 0) + gradient * tokens
             self.second[key] = self.second.get(key, 0) + gradient.square() * tokens
 
-    def scores(self, score: str) -> SetMoments:
+    def scores(self, score: str, sites: Sequence[Site], probe: Probe, device: torch.device) -> SetMoments:
+        """Zero for a site that no token reached (an expert)."""
         result: SetMoments = {}
-        for (site, factor), first in self.first.items():
-            value = self.second[site, factor] / self.tokens
+        for site, factor, shape in ((s.name, *item) for s in sites for item in probe.shapes(s).items()):
+            zero = torch.zeros(shape, device=device)
+            first = self.first.get((site, factor), zero)
+            value = self.second.get((site, factor), zero) / self.tokens
             if score == "variance":
                 value = (value - (first / self.tokens).square()).clamp_min(0)
                 if factor == "A":  # the second division by the count, once per product Var B @ Var A
                     value = value / self.tokens
-            zero = torch.zeros_like(value)
             result.setdefault(site, {})[factor] = Moments(1, zero, value, zero)
         return result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .moments import Moments
+from .moments import Moments, wide
 
 ROWS_PER_BLOCK = 1024
 
@@ -88,8 +88,8 @@ def site_weights(
     """
     rule = SCORES[score]
     check_pair(score, space)
-    top = {name: rule.function(m).double() for name, m in forget.items()}
-    bottom = {name: rule.function(m).double() for name, m in retain.items()}
+    top = {name: wide(rule.function(m)) for name, m in forget.items()}
+    bottom = {name: wide(rule.function(m)) for name, m in retain.items()}
     if space == "sketch":
         return _sketch_weights(top, bottom)
     shape = top["W"].shape if space == "full" else (top["B"].shape[0], top["A"].shape[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -159,7 +159,7 @@ def initialise(
     model: PreTrainedModel,
     sites: Sequence[Site],
     init: Init,
-    evidence: Mapping[str, Evidence],
+    evidence: Callable[[Site], Evidence],
     request: Request,
     split: str | None,
     progress: Callable[[int], None] | None = None,
@@ -172,8 +172,8 @@ def initialise(
     check_rank(sites, request.rank)
     start, bases = {}, {}
     for number, site in enumerate(sites):
-        seen = evidence.get(site.name, Evidence())
         try:
+            seen = evidence(site)  # one site's at a time: weights of all entries are as large as the layer
             matrix = require_finite(weight(model, site), "the weight")
             found = start_factors(init, matrix, seen, replace(request, seed=request.seed + number), split)
             require_finite(found.B, "factor B")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
+from ..importance.moments import wide
 from .spectral import align_signs, check_rank, require_finite, top_eigenvectors, top_singular
 
 WeightRows = Callable[[int, int], torch.Tensor]
@@ -229,7 +230,7 @@ def contrast_directions(forget: torch.Tensor, retain: torch.Tensor, rank: int, *
     """
     if not 0 <= balance <= 1:
         raise UsageError(f"balance must be in [0, 1], got {balance}")
-    return top_eigenvectors((1 - balance) * forget.double() - balance * retain.double(), rank)
+    return top_eigenvectors((1 - balance) * wide(forget) - balance * wide(retain), rank)
 
 
 def regulariser_basis(retain: torch.Tensor, k: int = 128) -> torch.Tensor:
@@ -240,21 +241,21 @@ def regulariser_basis(retain: torch.Tensor, k: int = 128) -> torch.Tensor:
 def factors_on_outputs(weight: torch.Tensor, directions: torch.Tensor, scaling: float) -> Factors:
     """ReGLU's start, the part of W that writes to orthonormal Q = `directions` (out, r): B = Q, A = Q^T W / s."""
     _check_scaling(scaling)
-    q = directions.double()
+    q = wide(directions)
     return Factors(q, q.T @ _checked(weight) / scaling)
 
 
 def factors_on_inputs(weight: torch.Tensor, directions: torch.Tensor, scaling: float) -> Factors:
     """The part of W that reads from P = `directions` (in, r), ours and not the paper's: A = P^T, B = W P / s."""
     _check_scaling(scaling)
-    p = directions.double()
+    p = wide(directions)
     return Factors(_checked(weight) @ p / scaling, p.T.contiguous())
 
 
 def _checked(weight: torch.Tensor) -> torch.Tensor:
     if weight.ndim != 2:
         raise ValueError(f"expected a weight (out, in), got shape {tuple(weight.shape)}")
-    return require_finite(weight, "the weight").double()
+    return wide(require_finite(weight, "the weight"))
 
 
 def _check_scaling(scaling: float) -> None:
@@ -263,7 +264,7 @@ def _check_scaling(scaling: float) -> None:
 
 
 def _nonnegative(weights: torch.Tensor) -> torch.Tensor:
-    weights = weights.double()
+    weights = wide(weights)
     if not (torch.isfinite(weights) & (weights >= 0)).all():
         raise ValueError("importance weights must be finite and at least 0")
     return weights
