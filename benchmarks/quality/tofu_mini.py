@@ -5,7 +5,8 @@
 Each row: TOFU forget05 (200 rows) against the kept rows 0-399 and 3600-3799 of `full`, IHL, 5 epochs, batch size 16,
 as one `lorasure forget`, scored against the model retrained without them. The first seed is run at every rate; the rate
 with the best forget quality among those with at least 95 % of the target's utility is then run with the other seeds.
-Finished rows are kept in benchmarks/results/tofu_mini.jsonl and not run again; the table of all of them comes last.
+Finished rows are kept in benchmarks/results/tofu_mini.jsonl and not run again; the table of all of them comes last
+(`--inits` without a name prints it and runs nothing). Rank 16 and alpha 32, unless `--extra` says otherwise.
 """
 
 from __future__ import annotations
@@ -102,11 +103,11 @@ def line(row: dict, target_utility: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inits", nargs="+", default=["vila", "lora", "pissa", "fila", "sketch", "reglu", "inputs"])
+    parser.add_argument("--inits", nargs="*", default=["vila", "lora", "pissa", "fila", "sketch", "reglu", "inputs"])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--loss", default="ihl")
-    parser.add_argument("--extra", type=json.loads, default={}, help="JSON of further settings of every run")
+    parser.add_argument("--extra", type=json.loads, default={"rank": 16, "alpha": 32}, help="JSON of further settings")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with data/tofu and models")
     a = parser.parse_args()
