@@ -32,7 +32,7 @@ PEOPLE, FORGOTTEN, COUNTRIES = 40, 5, 12
 VOCABULARY = 1024
 END = "<|end|>"
 LEARN = {"lr": 2e-3, "epochs": 40, "batch_size": 16, "schedule": "cosine", "warmup": 0.05, "max_length": 128}
-FORGET = {"lr": 3e-3, "epochs": 8, "batch_size": 8, "max_length": 128}
+FORGET = {"lr": 1.5e-3, "epochs": 8, "batch_size": 8, "max_length": 128}
 SHOWN_ANSWERS = 3
 BUDGET = 1024  # padded tokens per pass
 
