@@ -8,7 +8,7 @@ from typing import Any
 from . import artifacts, lora
 from .config import FinetuneSettings
 from .data.load import load_data
-from .init.apply import INITS, Evidence, Request, check_rank, initialise
+from .init.apply import INITS, Evidence, Request, initialise
 from .models import load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .progress import Reporter
 from .registry import lookup
@@ -23,7 +23,7 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     reporter = reporter or Reporter(quiet=True)
     out = Path(settings.out)
     artifacts.check_new(out, settings.overwrite)
-    lookup(dict.fromkeys(SCHEDULES), settings.schedule, "--schedule")
+    lookup(SCHEDULES, settings.schedule, "--schedule")
     check_template(settings.template)
     device = pick_device(settings.device)
     # Small updates vanish in half-precision weights, so training all of them is float32 unless the user says otherwise.
@@ -56,7 +56,6 @@ def _trainable(model: Any, settings: FinetuneSettings) -> Any:
     if settings.rank is None:
         return model.requires_grad_(True)
     sites = find_sites(model)
-    check_rank(sites, settings.rank)
     request = Request(settings.rank, settings.alpha / settings.rank, seed=settings.seed)
     factors, _ = initialise(model, sites, INITS["lora"], lambda _: Evidence(), request, None)
     return lora.attach(model, factors, settings.rank, settings.alpha, compensate=False)

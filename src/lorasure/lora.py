@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from .errors import UsageError
-from .importance.moments import wide
 from .init.low_rank import Factors
+from .init.spectral import product_singular
 from .sites import Site
 
 ADAPTER_NAME = "default"
@@ -188,16 +188,14 @@ def set_trained(wrapped: PeftModel, trained: Start) -> None:
 def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
     """The best approximation of B A of a smaller rank, balanced, and the share of its energy (squared norm) kept.
 
-    By QR of both factors and an SVD of the small core, so no (out, in) matrix is formed (LoRA-Squeeze). Where the rank
-    is above the matrix's smaller side, the components that cannot exist are zero.
+    No (out, in) matrix is formed (LoRA-Squeeze). Where the rank is above the matrix's smaller side, the components that
+    cannot exist are zero.
     """
-    q_b, r_b = torch.linalg.qr(wide(factors.B))
-    q_a, r_a = torch.linalg.qr(wide(factors.A).T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    u, s, v = product_singular(factors.B, factors.A)
     root = s[:rank].sqrt()
     energy = s.square().sum()
     kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
-    b, a = q_b @ u[:, :rank] * root, (q_a @ vh[:rank].T * root).T
+    b, a = u[:, :rank] * root, (v[:, :rank] * root).T
     missing = rank - len(root)
     return Factors(pad(b, (0, missing)).float(), pad(a, (0, 0, 0, missing)).float()), kept
 

@@ -195,7 +195,7 @@ def check_names(settings: ForgetSettings) -> None:
         (SPLITS, settings.split, "--split"),
         (SOLVERS, settings.solver, "--solver"),
         (PAIRINGS, settings.pairing, "--pairing"),
-        (dict.fromkeys(SCHEDULES), settings.schedule, "--schedule"),
+        (SCHEDULES, settings.schedule, "--schedule"),
     ):
         if name is not None:
             lookup(table, name, what)

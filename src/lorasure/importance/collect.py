@@ -23,7 +23,6 @@ from ..sites import Site, tap
 from .moments import Moments
 
 FULL_CHUNK = 2**24  # elements of per-example full gradients held at once
-Probes = dict[str, dict[str, Tensor]]
 SetMoments = dict[str, dict[str, Moments]]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import UsageError
 from ..importance.moments import wide
-from .spectral import align_signs, check_rank, require_finite, top_eigenvectors, top_singular
+from .spectral import check_rank, product_singular, require_finite, top_eigenvectors, top_singular
 
 WeightRows = Callable[[int, int], torch.Tensor]
 
@@ -163,11 +163,8 @@ def _principal(left: torch.Tensor, right: torch.Tensor, row_weights: torch.Tenso
 def balanced(product: Product, scaling: float) -> Factors:
     """Split evenly, B^T B = A A^T diagonal: both factors learn at the same pace. Independent of the weights' unit."""
     _check_scaling(scaling)
-    q_left, r_left = torch.linalg.qr(product.left)
-    q_right, r_right = torch.linalg.qr(product.right.T)
-    u, s, v = torch.linalg.svd(r_left @ r_right.T)
+    u, s, v = product_singular(product.left, product.right)
     root = (s / scaling).sqrt()
-    u, v = align_signs(q_left @ u, q_right @ v.T)
     return Factors(u * root, (v * root).T.contiguous())
 
 

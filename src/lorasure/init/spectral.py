@@ -60,6 +60,18 @@ def top_singular(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
     return u, s[:rank], v
 
 
+def product_singular(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All singular triplets U, S (downwards) and V of left (m, r) @ right (r, n), signs as in `top_singular`.
+
+    By QR of both factors and an SVD of the small core, so no (m, n) matrix is formed.
+    """
+    q_left, r_left = torch.linalg.qr(wide(left))
+    q_right, r_right = torch.linalg.qr(wide(right).T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    u, v = align_signs(q_left @ u, q_right @ vt.T)
+    return u, s, v
+
+
 def _krylov_basis(matrix: torch.Tensor, block: int) -> torch.Tensor:
     """Orthonormal columns spanning M G, (M M^T) M G, ..., each block made orthonormal before it grows; G is Gaussian.
 
