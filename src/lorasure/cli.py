@@ -24,11 +24,16 @@ NO_RESOURCE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 
 @dataclass(frozen=True)
 class Command:
-    """A row of COMMANDS. `stage`: works on an existing run folder, whose stored settings are the defaults."""
+    """A row of COMMANDS. `run` takes the settings and may return an exit code.
+
+    `places`: what comes before the flags and is passed first: nothing, one path ("RUN") or several ("RUN ..."). `stage`:
+    that path is a run folder whose stored settings are the defaults.
+    """
 
     title: str
     settings: type[Settings]
-    run: Callable[..., None]
+    run: Callable[..., int | None]
+    places: str = ""
     stage: bool = False
 
 
@@ -94,9 +99,9 @@ COMMANDS: dict[str, Command] = {
         "make a model forget: importance, init, train and export in one go", config.ForgetSettings, _forget
     ),
     "importance": Command("stage 1: measure which weights carry the forget set", config.ForgetSettings, _importance),
-    "init": Command("stage 2: put those into the start of an adapter", config.ForgetSettings, _init, stage=True),
-    "train": Command("stage 3: train the adapter to forget", config.ForgetSettings, _train, stage=True),
-    "export": Command("stage 4: check and write the adapter", config.ForgetSettings, _export, stage=True),
+    "init": Command("stage 2: put those into the start of an adapter", config.ForgetSettings, _init, "RUN", stage=True),
+    "train": Command("stage 3: train the adapter to forget", config.ForgetSettings, _train, "RUN", stage=True),
+    "export": Command("stage 4: check and write the adapter", config.ForgetSettings, _export, "RUN", stage=True),
     "finetune": Command("make a target or a retrained reference from rows", config.FinetuneSettings, _finetune),
     "demo": Command("all of it on data and a model it makes itself", config.DemoSettings, _demo),
 }
@@ -153,21 +158,28 @@ def _dispatch(name: str, rest: list[str]) -> int:
     from .registry import lookup
 
     command = lookup(COMMANDS, name, "command")
-    if not command.stage or {"-h", "--help"} & set(rest):
-        settings = parse(name + " RUN" * command.stage, command.title, command.settings, rest, epilog=EPILOG)
-        _quiet_libraries()
-        command.run(settings)
-        return 0
-    if not rest or rest[0].startswith("-"):
-        raise UsageError(f"lorasure {name} needs a run folder first: lorasure {name} RUN [flags].")
+    help_wanted = bool({"-h", "--help"} & set(rest))
+    count = 0 if help_wanted else next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    if not command.places:
+        count = 0
+    elif not count and not help_wanted:
+        raise UsageError(f"lorasure {name} needs a path first: lorasure {name} {command.places} [flags].")
+    elif not command.places.endswith("..."):
+        count = min(count, 1)
+    places = [Path(word) for word in rest[:count]]
+    stored = _stored_settings(places[0]) if command.stage and places else None
+    usage = f"{name} {command.places}".strip()
+    settings = parse(usage, command.title, command.settings, rest[count:], stored, epilog=EPILOG)
+    _quiet_libraries()
+    given = [] if not command.places else [places] if command.places.endswith("...") else places
+    return command.run(*given, settings) or 0
+
+
+def _stored_settings(run: Path) -> dict[str, Any]:
     from .artifacts import CONFIG, check_run, read_yaml
 
-    run = Path(rest[0])
     check_run(run, CONFIG)
-    settings = parse(f"{name} RUN", command.title, command.settings, rest[1:], read_yaml(run / CONFIG))
-    _quiet_libraries()
-    command.run(run, settings)
-    return 0
+    return read_yaml(run / CONFIG)
 
 
 def _overview() -> str:
