@@ -118,7 +118,7 @@ def test_one_record_has_a_value_and_no_interval():
 def test_a_score_is_frozen_and_goes_to_json_and_back():
     score = metrics.forget_quality([0.1, 0.2, 0.9], [0.3, 0.4, 0.5])
     assert json.loads(json.dumps(score.to_json(), allow_nan=False)) == score.to_json()
-    assert Score(**metrics.probability([0.5, 1.0]).to_json()) == metrics.probability([0.5, 1.0])
+    assert Score.from_json(metrics.probability([0.5, 1.0]).to_json()) == metrics.probability([0.5, 1.0])
     with pytest.raises(dataclasses.FrozenInstanceError):
         score.value = 0.0
 
@@ -299,7 +299,7 @@ def test_a_zero_part_gives_zero_and_an_undefined_one_gives_none():
 
 
 def test_utility_without_draws_has_no_interval_and_bad_parts_raise():
-    read_back = Score(**metrics.mean_score([0.2, 0.4]).to_json())
+    read_back = Score.from_json(metrics.mean_score([0.2, 0.4]).to_json())
     score = metrics.model_utility({"a": read_back})
     assert score.value == pytest.approx(0.3) and score.low is None and score.high is None
     with pytest.raises(DataError, match="no parts"):

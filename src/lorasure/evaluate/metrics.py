@@ -44,10 +44,17 @@ class Score:
     reason: str | None = None
     draws: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    def to_json(self) -> dict[str, object]:
-        """The score as JSON types; None becomes null."""
-        names = ("value", "n", "low", "high", "extra", "reason")
-        return {name: getattr(self, name) for name in names}
+    def to_json(self) -> dict[str, Any]:
+        """The score as JSON types, `extra` flattened into it; None becomes null. `reason` only if undefined."""
+        said = {} if self.reason is None else {"reason": self.reason}
+        return {"value": self.value, "n": self.n, "low": self.low, "high": self.high} | self.extra | said
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Score:
+        """What `to_json` gave, without the draws."""
+        own = {name: stored[name] for name in ("value", "n", "low", "high")}
+        extra = {name: value for name, value in stored.items() if name not in (*own, "reason")}
+        return cls(**own, extra=extra, reason=stored.get("reason"))
 
 
 def _vector(values: Floats, what: str) -> np.ndarray:
