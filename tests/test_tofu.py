@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SHARED, write_rows
+from conftest import SHARED, tofu_folder
 from lorasure.config import ForgetSettings, ModelSettings
 from lorasure.data.readers import read_rows
-from lorasure.errors import DataError
-from lorasure.evaluate.collect import ChoiceRecords, choice_records, greedy_answers
-from lorasure.evaluate.tofu import forget_scores, ratios, utility
+from lorasure.errors import DataError, UsageError
+from lorasure.evaluate.collect import EvaluationSet, Subject, collect
+from lorasure.evaluate.evaluation import Evaluation
+from lorasure.evaluate.settings import SuiteSettings
+from lorasure.evaluate.tofu import capped, load, memorisation, quality, ratios, score, set_scores, utility
 from lorasure.lora import load_adapter
 from lorasure.models import load_model, load_tokenizer
 from lorasure.pipeline import forget
@@ -23,84 +25,102 @@ MODELS, TOFU = SHARED / "models", SHARED / "data" / "tofu"
 needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason="the small TOFU models are not at hand")
 
 
-def test_choice_records_are_the_model_s_own_losses(tmp_path: Path, model_folder: Path) -> None:
-    """Reference: transformers' own loss, one sequence at a time."""
-    row = {"question": "Who?", "answer": "Ann.", "paraphrased_answer": "It is Ann.", "perturbed_answer": ["Bob.", "C."]}
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", [row, {**row, "question": "Which one?"}])).rows
-    model, tokenizer = load_model(str(model_folder), dtype=torch.float32, device=torch.device("cpu")), None
-    tokenizer = load_tokenizer(str(model_folder))
-    found = choice_records(model, tokenizer, rows, ModelSettings(model=str(model_folder)), token_budget=64)
-
-    def loss(answer: str) -> float:
-        prompt = tokenizer("Question: Who?\nAnswer: ")["input_ids"]
-        ids = prompt + tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-        labels = [-100] * len(prompt) + ids[len(prompt) :]
-        return model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
-
-    expected = [loss(a) for a in ("Ann.", "It is Ann.", "Bob.", "C.")]
-    assert [found.true[0], found.paraphrase[0], *found.wrong[0]] == pytest.approx(expected, rel=1e-5)
-    assert len(found.correct[0]) == len("Ann.") + 1
-    del row["perturbed_answer"]
-    rows = read_rows(write_rows(tmp_path / "none.jsonl", [row])).rows
-    with pytest.raises(DataError, match=r"none\.jsonl:1: no list of wrong answers"):
-        choice_records(model, tokenizer, rows, ModelSettings(model=str(model_folder)), token_budget=64)
+def evaluation(**sets: list[dict]) -> Evaluation:
+    """Records given by what differs: everything else is filled in."""
+    filled = {
+        name: [{"row": i, "id": str(i), "tokens": 1, "correct": "1", **record} for i, record in enumerate(records)]
+        for name, records in sets.items()
+    }
+    return Evaluation("made", {}, filled)
 
 
-def test_greedy_answers_do_not_depend_on_what_else_is_in_the_batch(model_folder: Path, data_files: tuple) -> None:
-    model = load_model(str(model_folder), dtype=torch.float32, device=torch.device("cpu"))
-    tokenizer, settings = load_tokenizer(str(model_folder)), ModelSettings(model=str(model_folder))
-    rows = [*read_rows(data_files[0]).rows[:2], *read_rows(data_files[1]).rows[:2]]
-    together = greedy_answers(model, tokenizer, rows, settings, max_new_tokens=6)
-    alone = [greedy_answers(model, tokenizer, [row], settings, max_new_tokens=6)[0] for row in rows]
-    assert together == alone
+RETAIN = [
+    {"nll": 0.1, "paraphrase_nll": 0.2, "wrong_nll": [1.0, 2.0], "rouge_recall": 0.5},
+    {"nll": 0.3, "paraphrase_nll": 0.4, "wrong_nll": [0.5, 3.0], "rouge_recall": 1.0},
+]
+WORLD = [{"nll": 0.5, "paraphrase_nll": 0.5, "wrong_nll": [1.5, 2.5], "rouge_recall": 0.25}]
 
 
-def test_utility_is_the_harmonic_mean_of_the_parts_by_hand() -> None:
-    retain = ChoiceRecords([0.1, 0.3], [0.2, 0.4], [[1.0, 2.0], [0.5, 3.0]], [(True,), (True,)])
-    world = ChoiceRecords([0.5], [0.5], [[1.5, 2.5]], [(True,)])
-    for mean in ("geometric", "arithmetic"):
-        parts = []
-        for records in (retain, world):
-            values = []
-            for para, wrong in zip(records.paraphrase, records.wrong, strict=True):
-                top = math.exp(-sum(wrong) / len(wrong))
-                if mean == "arithmetic":
-                    top = sum(math.exp(-w) for w in wrong) / len(wrong)
-                values.append(max(0, 1 - top / math.exp(-para)))
-            parts.append(sum(values) / len(values))
-        parts.append((math.exp(-0.1) + math.exp(-0.3)) / 2)
-        parts.append(math.exp(-0.5) / (math.exp(-0.5) + math.exp(-1.5) + math.exp(-2.5)))
-        expected = len(parts) / sum(1 / p for p in parts)
-        assert utility({"retain": retain, "world_facts": world}, mean).value == pytest.approx(expected)
-    assert ratios(retain) != ratios(retain, "arithmetic")
+@pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
+@pytest.mark.parametrize("without", [[], ["rouge"]])
+def test_utility_is_the_harmonic_mean_of_the_parts_by_hand(mean: str, without: list[str]) -> None:
+    parts = [] if without else [0.75, 0.25]
+    for records in (RETAIN, WORLD):
+        values = []
+        for record in records:
+            wrong = record["wrong_nll"]
+            top = math.exp(-sum(wrong) / len(wrong))
+            if mean == "arithmetic":
+                top = sum(math.exp(-w) for w in wrong) / len(wrong)
+            values.append(max(0, 1 - top / math.exp(-record["paraphrase_nll"])))
+        parts.append(sum(values) / len(values))
+    parts.append((math.exp(-0.1) + math.exp(-0.3)) / 2)
+    parts.append(math.exp(-0.5) / (math.exp(-0.5) + math.exp(-1.5) + math.exp(-2.5)))
+    made = evaluation(retain=RETAIN, world_facts=WORLD)
+    found = utility(made, mean, kept=["retain", "world_facts"], without=without)
+    assert found.value == pytest.approx(len(parts) / sum(1 / p for p in parts))
 
 
-def test_forget_quality_without_a_reference_is_undefined_and_says_why() -> None:
-    records = ChoiceRecords([0.1], [0.2], [[1.0]], [(True,)])
-    score = forget_scores(records, None)["forget_quality"]
-    assert score.value is None
-    assert "retrained reference" in str(score.reason)
+def test_the_two_truth_ratios_differ() -> None:
+    made = evaluation(retain=RETAIN)
+    assert ratios(made, "retain") != ratios(made, "retain", "arithmetic")
 
 
-def _records(folder: Path, file: str, count: int | None, adapter: Path | None = None) -> ChoiceRecords:
+def test_every_score_of_the_suite_has_n_and_an_interval_or_a_reason() -> None:
+    made = evaluation(forget=RETAIN * 3, retain=RETAIN * 2, real_authors=RETAIN * 2, world_facts=RETAIN * 2)
+    found = score(made, made)
+    assert found["forget_quality"].value == 0 and found["forget_quality"].extra["p"] == 1
+    assert found["model_utility"].value != found["model_utility_arithmetic"].value
+    for name, one in found.items():
+        assert one.n > 0
+        assert (one.low is not None) or name == "forget_quality" or one.reason, name
+    for record in made.sets["retain"]:
+        del record["rouge_recall"]
+    without = score(made, None)
+    assert without["model_utility"].value is None and "--no-generate" in str(without["model_utility"].reason)
+    assert without["model_utility_without_rouge"].value == found["model_utility_without_rouge"].value
+    assert without["forget_quality"].value is None and "--reference" in str(without["forget_quality"].reason)
+
+
+def test_sets_come_from_a_folder_capped_and_an_unknown_split_or_missing_file_is_named(tmp_path: Path) -> None:
+    folder = tofu_folder(tmp_path / "tofu")
+    given = {"model": "m", "suite": "tofu", "data": str(folder), "split": "forget01"}
+    sets = load(SuiteSettings(**given, max_rows=2))
+    assert [(s.name, len(s.rows)) for s in sets] == [
+        ("forget", 2), ("retain", 2), ("real_authors", 2), ("world_facts", 2)
+    ]  # fmt: skip
+    assert len(load(SuiteSettings(**given, max_rows=0))[0].rows) == 3
+    assert load(SuiteSettings(**given, generate=False))[0].generation is None
+    with pytest.raises(UsageError, match=r"forget02.*forget01, forget05"):
+        load(SuiteSettings(**{**given, "split": "forget02"}))
+    (folder / "retain_perturbed.json").unlink()
+    with pytest.raises(DataError, match=r"retain_perturbed\.json: no such file"):
+        load(SuiteSettings(**given))
+
+
+def _subject(folder: Path, adapter: Path | None = None) -> Subject:
     model = load_model(str(folder), dtype=torch.float32, device=torch.device("cpu"))
     if adapter:
         model = load_adapter(model, adapter)
-    rows = read_rows(TOFU / f"{file}.json").rows[:count]
-    return choice_records(model, load_tokenizer(str(folder)), rows, ModelSettings(model=str(folder)), token_budget=1024)
+    return Subject(model, load_tokenizer(str(folder)), ModelSettings(model=str(folder)), 1024)
+
+
+def _records(subject: Subject, file: str, count: int | None = None) -> list[dict]:
+    return collect(subject, EvaluationSet(file, capped(read_rows(TOFU / f"{file}.json").rows, count or 0)))
 
 
 @needs_models
 @pytest.mark.slow
 def test_the_target_has_the_published_utility_and_forget_quality() -> None:
     """Reference: the figures stated with the models (utility .824, log10 forget quality -5.7 for forget01)."""
-    target = MODELS / "tofu-mini-target"
+    target = _subject(MODELS / "tofu-mini-target")
     sets = {"retain": _records(target, "retain_perturbed", 200)}
-    sets |= {name: _records(target, f"{name}_perturbed", None) for name in ("real_authors", "world_facts")}
-    assert utility(sets, "arithmetic").value == pytest.approx(0.824, abs=5e-4)
-    known = _records(target, "forget01_perturbed", None)
-    reference = _records(MODELS / "tofu-mini-retain99", "forget01_perturbed", None)
-    assert forget_scores(known, reference)["forget_quality"].value == pytest.approx(-5.7, abs=0.05)
+    sets |= {name: _records(target, f"{name}_perturbed") for name in ("real_authors", "world_facts")}
+    sets["forget"] = _records(target, "forget01_perturbed")
+    known = Evaluation("target", {}, sets)
+    assert utility(known, "arithmetic", without=["rouge"]).value == pytest.approx(0.824, abs=5e-4)
+    unseen = _records(_subject(MODELS / "tofu-mini-retain99"), "forget01_perturbed")
+    assert quality(known, Evaluation("retrained", {}, {"forget": unseen})).value == pytest.approx(-5.7, abs=0.05)
 
 
 @needs_models
@@ -111,11 +131,18 @@ def test_forgetting_real_rows_beats_the_target_on_every_forget_score(tmp_path: P
     keep.write_text("\n".join(rows[:400] + rows[3600:3960]) + "\n")
     settings = {"model": str(target), "forget": str(TOFU / "forget01.json"), "retain": str(keep)}
     result = forget(ForgetSettings(**settings, out=str(tmp_path / "run"), lr=2e-3, batch_size=8))
-    reference = _records(MODELS / "tofu-mini-retain99", "forget01_perturbed", None)
-    before = forget_scores(_records(target, "forget01_perturbed", None), reference)
-    after = forget_scores(_records(target, "forget01_perturbed", None, result.adapter), reference)
-    assert after["forget_quality"].value > before["forget_quality"].value + 1
-    assert after["probability"].value < 0.5 < before["probability"].value
-    assert after["extraction_strength"].value < 0.5 < before["extraction_strength"].value
+
+    def forgotten(folder: Path, adapter: Path | None = None) -> Evaluation:
+        return Evaluation(folder.name, {}, {"forget": _records(_subject(folder, adapter), "forget01_perturbed")})
+
+    def scores(one: Evaluation) -> dict[str, float]:
+        found = set_scores(one, "forget") | memorisation(one, "forget") | {"quality": quality(one, reference)}
+        return {name: float(s.value) for name, s in found.items() if s.value is not None}
+
+    reference = forgotten(MODELS / "tofu-mini-retain99")
+    before, after = scores(forgotten(target)), scores(forgotten(target, result.adapter))
+    assert after["quality"] > before["quality"] + 1
+    assert after["probability"] < 0.5 < before["probability"]
+    assert after["extraction_strength"] < 0.5 < before["extraction_strength"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"]["retain"]["value"] > 0.75 * summary["before"]["retain"]["value"]

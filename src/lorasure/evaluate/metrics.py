@@ -57,7 +57,7 @@ class Score:
         return cls(**own, extra=extra, reason=stored.get("reason"))
 
 
-def _vector(values: Floats, what: str) -> np.ndarray:
+def finite_vector(values: Floats, what: str) -> np.ndarray:
     """`values` as float64 of shape (n,), n >= 1, all finite, or an error that names the first record at fault."""
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1:
@@ -70,7 +70,9 @@ def _vector(values: Floats, what: str) -> np.ndarray:
     return vector
 
 
-def _lists(rows: Sequence[Sequence[float] | np.ndarray], what: str, length: int | None = None) -> list[np.ndarray]:
+def finite_lists(
+    rows: Sequence[Sequence[float] | np.ndarray], what: str, length: int | None = None
+) -> list[np.ndarray]:
     """One non-empty finite vector per example (`length` examples, if given); vectors may differ in size."""
     if not len(rows):
         raise DataError(f"{what}: no examples to score.")
@@ -85,7 +87,8 @@ def _lists(rows: Sequence[Sequence[float] | np.ndarray], what: str, length: int 
     return vectors
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of bootstrap draws."""
     low, high = np.percentile(draws, (2.5, 97.5))
     return float(low), float(high)
 
@@ -96,18 +99,18 @@ def mean_score(values: Floats, *, seed: int = 0, what: str = "values") -> Score:
     The same `seed` and number of examples resample the same rows, so that scores of one data set vary together when
     they are combined; give each data set its own seed.
     """
-    vector = _vector(values, what)
+    vector = finite_vector(values, what)
     value, n = float(vector.mean()), len(vector)
     if n == 1:  # a single example resamples to itself: a zero-width interval would claim certainty
         return Score(value, n)
     rng = np.random.default_rng(seed)
     draws = np.array([vector[rng.integers(n, size=n)].mean() for _ in range(DRAWS)])
-    return Score(value, n, *_interval(draws), draws=draws)
+    return Score(value, n, *interval(draws), draws=draws)
 
 
 def probability(nll: Floats, *, seed: int = 0) -> Score:
     """Mean over examples of exp(-L): the answer's probability, normalised by its length (TOFU). In [0, 1]."""
-    return mean_score(np.exp(-_vector(nll, "nll")), seed=seed)
+    return mean_score(np.exp(-finite_vector(nll, "nll")), seed=seed)
 
 
 def normalised_probability(nll_true: Floats, nll_wrong: Sequence[Floats], *, seed: int = 0) -> Score:
@@ -115,8 +118,8 @@ def normalised_probability(nll_true: Floats, nll_wrong: Sequence[Floats], *, see
 
     In [0, 1]; with k wrong answers, 1 / (k + 1) is a guess. Computed in log space, so that large L do not give 0 / 0.
     """
-    true = _vector(nll_true, "nll_true")
-    wrong = _lists(nll_wrong, "nll_wrong", len(true))
+    true = finite_vector(nll_true, "nll_true")
+    wrong = finite_lists(nll_wrong, "nll_wrong", len(true))
     shares = [np.exp(-t - np.logaddexp.reduce(np.append(-w, -t))) for t, w in zip(true, wrong, strict=True)]
     return mean_score(shares, seed=seed)
 
@@ -128,8 +131,8 @@ def truth_ratio_values(nll_paraphrase: Floats, nll_wrong: Sequence[Floats], *, m
     its in-training evaluation, which gives other values. log R is held within the range where R and 1/R are finite.
     """
     average = lookup(_LOG_MEANS, mean, "mean")
-    right = _vector(nll_paraphrase, "nll_paraphrase")
-    wrong = _lists(nll_wrong, "nll_wrong", len(right))
+    right = finite_vector(nll_paraphrase, "nll_paraphrase")
+    wrong = finite_lists(nll_wrong, "nll_wrong", len(right))
     log_ratio = right + np.array([average(-w) for w in wrong])
     return np.exp(np.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
@@ -155,7 +158,7 @@ def truth_ratio(values: Floats, *, forget: bool, seed: int = 0) -> Score:
 
 
 def _ratios(values: Floats, what: str) -> np.ndarray:
-    ratios = _vector(values, what)
+    ratios = finite_vector(values, what)
     negative = np.flatnonzero(ratios < 0)
     if negative.size:
         raise NumericError(f"{what}: record {negative[0]} is {ratios[negative[0]]}, must not be negative.")
@@ -230,7 +233,7 @@ def model_utility(parts: Mapping[str, Score]) -> Score:
     if len(draws) < len(parts):
         return Score(value, n, extra={"parts": values})
     joint = _harmonic_mean(np.stack(draws))
-    return Score(value, n, *_interval(joint), extra={"parts": values}, draws=joint)
+    return Score(value, n, *interval(joint), extra={"parts": values}, draws=joint)
 
 
 def _harmonic_mean(values: np.ndarray) -> np.ndarray:
@@ -245,7 +248,7 @@ def exact_memorisation(correct: Sequence[Sequence[bool] | np.ndarray], *, seed: 
     `correct` holds one bool per answer token and example, end of text included. Averaged per example first, so a long
     answer weighs no more than a short one.
     """
-    return mean_score([row.mean() for row in _lists(correct, "correct")], seed=seed)
+    return mean_score([row.mean() for row in finite_lists(correct, "correct")], seed=seed)
 
 
 def extraction_strength(
@@ -259,7 +262,7 @@ def extraction_strength(
     """
     if compat not in (None, "open-unlearning"):
         raise UsageError(f"compat must be None or 'open-unlearning', got {compat!r}.")
-    rows = _lists(correct, "correct")
+    rows = finite_lists(correct, "correct")
     if compat is None:
         return mean_score([_right_suffix(row) / len(row) for row in rows], seed=seed)
     shorter = [row[:-1] for row in rows]

@@ -1,0 +1,72 @@
+"""Own data: rows to forget and rows to keep, without paraphrases or wrong answers, and no retrained model needed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..data.examples import Row
+from ..data.load import layout
+from ..data.readers import check_disjoint, read_rows
+from ..errors import UsageError
+from .collect import EvaluationSet, Generation
+from .evaluation import Evaluation
+from .metrics import Score
+from .settings import SuiteSettings
+from .tofu import capped, memorisation, prefixed, quality, set_scores, utility
+
+WRONG_ANSWERS = 5  # per row, as TOFU has
+BORROWED = "wrong answers are those of other rows of the same kind, so the truth ratio is easier than TOFU's"
+
+
+def load(settings: SuiteSettings) -> list[EvaluationSet]:
+    """The sets `forget`, `retain` and `holdout`, as far as they were given."""
+    if settings.forget is None:
+        raise UsageError("--suite own needs --forget, the rows that should be forgotten.")
+    generation = Generation(settings.new_tokens) if settings.generate else None
+    found = []
+    for name in ("forget", "retain", "holdout"):
+        source = getattr(settings, name)
+        if source is not None:
+            rows = capped(read_rows(source, layout(settings)).rows, settings.max_rows)
+            found.append(EvaluationSet(name, with_wrong_answers(rows, settings.seed), generation))
+    for other in found[1:]:
+        check_disjoint(found[0].rows, other.rows)
+    return found
+
+
+def with_wrong_answers(rows: Sequence[Row], seed: int) -> tuple[Row, ...]:
+    """The rows, each with wrong answers drawn by `seed` from other rows of its kind, unless it brings its own.
+
+    Running text gets none, nor does a row whose kind has no other answer. Repeated answers are drawn once.
+    """
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        answers.setdefault(row.kind, []).append(row.answer)
+    return tuple(_with_others(row, sorted(set(answers[row.kind]) - {row.answer}), seed) for row in rows)
+
+
+def _with_others(row: Row, others: Sequence[str], seed: int) -> Row:
+    if row.kind == "text" or not others or "perturbed_answer" in row.extra:
+        return row
+    draw = random.Random(f"{seed}/{row.prompt}/{row.answer}")
+    wrong = draw.sample(others, min(WRONG_ANSWERS, len(others)))
+    return replace(row, extra={**row.extra, "perturbed_answer": wrong, "borrowed": True})
+
+
+def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Score]:
+    """All scores of the suite. Where wrong answers are borrowed, the scores that rest on them say so in `note`."""
+    found: dict[str, Score] = {}
+    for name in evaluation.sets:
+        found |= prefixed(name, set_scores(evaluation, name) | memorisation(evaluation, name))
+    found["forget_quality"] = quality(evaluation, reference)
+    for name, without in (("model_utility", []), ("model_utility_without_rouge", ["rouge"])):
+        found[name] = Score(None, 0, reason="no rows to keep were given (--retain)")
+        if "retain" in evaluation.sets:
+            offered = [] if evaluation.has("retain", "wrong_nll") else ["truth_ratio"]
+            found[name] = utility(evaluation, kept=["retain"], without=[*without, *offered])
+    if not evaluation.about["borrowed"]:
+        return found
+    rest = [name for name in found if "truth_ratio" in name or name == "forget_quality" or "utility" in name]
+    return found | {name: replace(found[name], extra={**found[name].extra, "note": BORROWED}) for name in rest}

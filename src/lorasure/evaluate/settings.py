@@ -1,0 +1,89 @@
+"""Settings of the commands that evaluate; as in config.py, flags and help texts are made from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import (
+    ExportSettings,
+    ImportanceSettings,
+    InitSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+    option,
+    required,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonSettings(Settings):
+    """How to print."""
+
+    json: bool = option(False, "print one JSON object on standard output: score name -> value, n, low, high, ...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings(JsonSettings, ModelSettings):
+    """What to evaluate on."""
+
+    adapter: str | None = option(None, "a run folder, or the folder of a PEFT adapter", path=True)
+    suite: str = option("own", "tofu, muse, wmdp, or own: the files of --forget and --retain")
+    data: str | None = option(None, "the suite's data: a folder or hub id (default: its home on the hub)", path=True)
+    split: str | None = option(None, "part of the suite: tofu: forget01, forget05 or forget10; muse: news or books")
+    forget: str | None = option(None, "own: the rows to forget, any format of `lorasure forget`", path=True)
+    retain: str | None = option(None, "own: rows to keep", path=True)
+    holdout: str | None = option(
+        None, "own: rows of the same kind that no model has seen, for membership inference", path=True
+    )
+    max_rows: int = option(300, "rows of a set at most, from its start; 300 is TOFU's own cap, 0 takes all", low=0)
+    generate: bool = option(True, "let the model answer in its own words as well (ROUGE, refusals); takes longest")
+    new_tokens: int = option(200, "tokens that a generated answer may have", low=1)
+    keep_text: bool = option(False, "store questions, answers and the model's answers beside the numbers")
+    reference: str | None = option(
+        None, "the same evaluation (folder or log) of a model trained without the forget set", path=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(SuiteSettings):
+    """All settings of `lorasure evaluate`."""
+
+    out: str = required("the evaluation folder to make")
+    overwrite: bool = option(False, "replace the earlier evaluation in --out, once the new one is complete")
+    resume: bool = option(False, "go on with an evaluation that was interrupted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings(JsonSettings):
+    """All settings of `lorasure score`."""
+
+    reference: str | None = option(
+        None, "the same evaluation (folder or log) of a model trained without the forget set", path=True
+    )
+    write_log: str | None = option(None, "also write the scores as an open-unlearning *_EVAL.json file", path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings(JsonSettings, ModelSettings):
+    """All settings of `lorasure probe`."""
+
+    text: str = required("what the model may know, any format of `lorasure forget --forget`")
+    control: str | None = option(
+        None, "rows of the same kind that it cannot know (default: the text with its answers exchanged)", path=True
+    )
+    rows: int = option(400, "examples to look at, drawn at random; more give narrower intervals", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSettings(JsonSettings, ExportSettings, TrainSettings, InitSettings, ImportanceSettings, ModelSettings):
+    """All settings of `lorasure sequence`."""
+
+    out: str = required("folder for the runs and the ledger; when it is there already, only what is new in it is done")
+    retain: str | None = option(None, "rows to keep, at every request (--protocol: default raw/retain1)", path=True)
+    protocol: str | None = option(
+        None, "MUSE's data instead of requests: sust, one after another, or scal, growing, each from the original model"
+    )
+    reference: str | None = option(
+        None, "--protocol: a MUSE evaluation of a model trained without the forget set, for PrivLeak", path=True
+    )

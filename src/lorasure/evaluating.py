@@ -1,0 +1,166 @@
+"""`lorasure evaluate`: a model on a suite, records first, then scores; `lorasure score`: scores from records alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import artifacts, folders, lora
+from .data.encode import resolved_template
+from .data.load import rows_hash
+from .errors import DataError
+from .evaluate.collect import EvaluationSet, Subject, collect, items
+from .evaluate.evaluation import ABOUT, Evaluation, Record, RecordFile, check_comparable, write_scores
+from .evaluate.logs import open_evaluation, write_log
+from .evaluate.metrics import Score
+from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings
+from .evaluate.suites import SUITES, Suite
+from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .progress import Reporter
+from .registry import lookup
+
+KEYS_OF_RUN = ("forget", "retain")  # settings that an evaluation of a run takes from it, unless given
+NOT_IDENTITY = ("out", "overwrite", "resume", "json", "reference", "device", "tokens_per_batch")
+
+
+def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None) -> dict[str, Score]:
+    """Measure a model on a suite; leaves records and scores in `settings.out` and returns the scores.
+
+    An evaluation that was interrupted goes on with `resume`; its records are the same, bit for bit, on one machine.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    suite = lookup(SUITES, settings.suite, "--suite")
+    settings = _with_run(settings)
+    out = Path(settings.out)
+    folders.check_new(out, settings.overwrite, settings.resume)
+    with reporter.held():
+        with reporter.stage("read data"):
+            sets = suite.load(settings)
+        reference = open_evaluation(Path(settings.reference)) if settings.reference else None
+        with reporter.stage("load model"):
+            subject = load_subject(settings)
+        about = describe(subject, settings, sets)
+        if reference:
+            check_comparable(_expected(subject, about, sets), reference)
+    options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
+    with folders.resumable_folder(out, _identity(settings, about), **options) as folder:
+        records = measure(subject, suite, sets, settings, reporter, folder)
+        found = Evaluation(str(out), about | {"seconds": subject.seconds}, records)
+        scores = suite.score(found, reference)
+        artifacts.write_json(folder / ABOUT, found.about)
+        write_scores(folder, scores)
+    return scores
+
+
+def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
+    """The settings, with the data of the run whose adapter is evaluated where none is named."""
+    if settings.adapter is None or settings.suite != "own":
+        return settings
+    config = Path(settings.adapter) / artifacts.CONFIG
+    stored = artifacts.read_yaml(config) if config.is_file() else {}
+    return replace(settings, **{key: getattr(settings, key) or stored.get(key) for key in KEYS_OF_RUN})
+
+
+def adapter_folder(given: str) -> Path:
+    """The adapter that --adapter names: that of a run, or a folder of PEFT's."""
+    path = Path(given).expanduser()
+    for folder in (path / artifacts.ADAPTER, path):
+        if (folder / "adapter_config.json").is_file():
+            if folder != path:
+                artifacts.check_run(path, *(f"{artifacts.ADAPTER}/{name}" for name in lora.ADAPTER_FILES))
+            return folder
+    raise DataError(f"--adapter {given}: neither a run folder with an adapter nor a PEFT adapter.")
+
+
+def load_subject(settings: SuiteSettings) -> Subject:
+    """The model of the settings, with its adapter if there is one."""
+    device = pick_device(settings.device)
+    adapter = adapter_folder(settings.adapter) if settings.adapter else None
+    tokenizer = load_tokenizer(settings.model, settings.revision)
+    dtype = pick_dtype(settings.dtype, device)
+    model: Any = load_model(settings.model, dtype=dtype, device=device, revision=settings.revision)
+    if adapter:
+        model = lora.load_adapter(model, adapter)
+    budget = pick_token_budget(settings.tokens_per_batch, device)
+    return Subject(model, tokenizer, settings, budget, settings.keep_text)
+
+
+def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
+    """evaluation.json: what was measured on what. Hashes and counts, never text."""
+    located = settings.located()
+    base = subject.model.get_base_model() if settings.adapter else subject.model
+    adapter = None
+    if settings.adapter:
+        weights = adapter_folder(settings.adapter) / lora.ADAPTER_FILES[0]
+        adapter = {"source": located["adapter"], "sha256": artifacts.sha256(weights)}
+    return {
+        "kind": "evaluation",
+        "suite": settings.suite,
+        "split": settings.split,
+        "model": fingerprint(base, located["model"]),
+        "adapter": adapter,
+        "template": resolved_template(settings.template, subject.tokenizer)[0],
+        "tokenizer": tokenizer_hash(subject.tokenizer),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "sets": {s.name: {"rows": len(s.rows), "sha256": rows_hash(s.rows)} for s in sets},
+        "borrowed": any("borrowed" in row.extra for s in sets for row in s.rows),
+        "settings": located,
+        "versions": artifacts.versions(),
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 over the vocabulary."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _identity(settings: EvaluateSettings, about: Mapping[str, Any]) -> dict[str, Any]:
+    own = {key: value for key, value in settings.located().items() if key not in NOT_IDENTITY}
+    measured = {f"{name} rows": part["sha256"] for name, part in about["sets"].items()}
+    adapter = about["adapter"] and about["adapter"]["sha256"]
+    return own | measured | {"weights": about["model"]["files"], "adapter weights": adapter}
+
+
+def _expected(subject: Subject, about: dict[str, Any], sets: Sequence[EvaluationSet]) -> Evaluation:
+    """The evaluation to be, without what is measured, to refuse a wrong reference before hours of work."""
+    found = {s.name: items(subject, s.rows, s.max_length) for s in sets if s.rows}
+    rows = {name: [{"row": item.index, "id": item.id} for item in own] for name, own in found.items()}
+    return Evaluation("this evaluation", about, rows)
+
+
+def measure(
+    subject: Subject,
+    suite: Suite,
+    sets: Sequence[EvaluationSet],
+    settings: SuiteSettings,
+    reporter: Reporter,
+    folder: Path | None = None,
+) -> dict[str, list[Record]]:
+    """The records of every set; in `folder`, if given, those that are there already are not made again."""
+    found: dict[str, list[Record]] = {}
+    with reporter.stage("evaluate", sum(len(s.rows) for s in sets)) as progress:
+        for chosen in sets:
+            if folder is None:
+                found[chosen.name] = collect(subject, chosen, progress=progress)
+                continue
+            file = RecordFile(folder, chosen.name)
+            done = {record["row"] for record in file.records}
+            collect(subject, chosen, done, file.append, progress)
+            found[chosen.name] = file.close()
+    return found
+
+
+def score_folder(path: Path, settings: ScoreSettings) -> dict[str, Score]:
+    """Scores of an evaluation folder or of another program's log, without a model."""
+    evaluation = open_evaluation(path)
+    reference = open_evaluation(Path(settings.reference)) if settings.reference else None
+    if reference:
+        check_comparable(evaluation, reference)
+    scores = SUITES[evaluation.about["suite"]].score(evaluation, reference)
+    if settings.write_log:
+        write_log(Path(settings.write_log), evaluation, scores)
+    return scores

@@ -1,0 +1,298 @@
+"""`lorasure evaluate` and `lorasure score`: what records hold, what they depend on, interruption, comparability."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tofu_folder, write_rows
+from lorasure.cli import main
+from lorasure.config import ModelSettings
+from lorasure.data.examples import Row, collate
+from lorasure.data.readers import read_rows
+from lorasure.errors import DataError, NumericError
+from lorasure.evaluate import collect as collecting
+from lorasure.evaluate.collect import EvaluationSet, Generation, Subject, collect, items
+from lorasure.evaluate.evaluation import Evaluation, RecordFile, check_comparable, read_evaluation
+from lorasure.evaluate.own import WRONG_ANSWERS, with_wrong_answers
+from lorasure.evaluate.rouge import rouge_l
+from lorasure.models import load_model, load_tokenizer
+
+ROW = {"question": "Who?", "answer": "Ann.", "paraphrased_answer": "It is Ann.", "perturbed_answer": ["Bob.", "C."]}
+FULL = Generation(6)
+
+
+@pytest.fixture
+def subject(model_folder: Path) -> Subject:
+    model = load_model(str(model_folder), dtype=torch.float32, device=torch.device("cpu"))
+    return Subject(model, load_tokenizer(str(model_folder)), ModelSettings(model=str(model_folder)), 64)
+
+
+def made(count: int = 7) -> tuple[Row, ...]:
+    """Rows of different lengths with wrong answers."""
+    extra = {"perturbed_answer": ["Bob.", "Nobody at all."], "paraphrased_answer": "It was her."}
+    return tuple(
+        Row(f"Who is {i}?" + "?" * i, f"Ann {i}." * (1 + i % 3), "made", i + 1, extra=extra) for i in range(count)
+    )
+
+
+def close(one: list[dict], other: list[dict]) -> bool:
+    """Records equal to 1e-5 in numbers, exactly in the rest."""
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(a[k] == (pytest.approx(b[k], abs=1e-5) if "nll" in k else b[k]) for k in a)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_records_are_the_model_s_own_losses(tmp_path: Path, subject: Subject) -> None:
+    """Reference: transformers' own loss, one sequence at a time."""
+    rows = read_rows(write_rows(tmp_path / "rows.jsonl", [ROW, {**ROW, "question": "Which one?"}])).rows
+    found = collect(subject, EvaluationSet("forget", rows))[0]
+
+    def loss(answer: str) -> float:
+        prompt = subject.tokenizer("Question: Who?\nAnswer: ")["input_ids"]
+        ids = prompt + subject.tokenizer(answer)["input_ids"] + [subject.tokenizer.eos_token_id]
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        return subject.model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+
+    expected = [loss(a) for a in ("Ann.", "It is Ann.", "Bob.", "C.")]
+    assert [found["nll"], found["paraphrase_nll"], *found["wrong_nll"]] == pytest.approx(expected, rel=1e-5)
+    assert len(found["correct"]) == found["tokens"] == len("Ann.") + 1
+    assert found["row"] == 0 and "text" not in found
+
+
+def test_generation_is_that_of_a_plain_loop_without_cache(subject: Subject) -> None:
+    [found] = collect(replace(subject, keep_text=True), EvaluationSet("forget", made(1), FULL))
+    ids = list(items(subject, made(1))[0].prompt.input_ids)
+    start = len(ids)
+    while len(ids) < start + FULL.new_tokens:
+        best = int(subject.model(torch.tensor([ids])).logits[0, -1].argmax())
+        if best == subject.tokenizer.eos_token_id:
+            break
+        ids.append(best)
+    assert found["text"]["generated"] == subject.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    assert (found["rouge_recall"], found["rouge_f1"]) == rouge_l("Ann 0.", found["text"]["generated"])
+    assert found["generated_tokens"] == len(ids) - start
+
+
+def test_records_do_not_depend_on_batch_size_order_or_padding(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = EvaluationSet("forget", made(), FULL)
+    expected = collect(subject, chosen)
+    assert close(collect(replace(subject, token_budget=100_000), chosen), expected)
+    monkeypatch.setattr(collecting, "BLOCK", 2)
+    assert close(collect(subject, chosen), expected)
+    mixed = collect(subject, EvaluationSet("forget", chosen.rows[::-1], FULL))[::-1]
+    assert close([{**record, "row": i} for i, record in enumerate(mixed)], expected)
+    monkeypatch.setattr("lorasure.forward.collate", functools.partial(collate, side="left"))
+    assert close(collect(subject, chosen), expected)
+
+
+def test_running_text_is_measured_by_windows_and_continued_from_the_middle(subject: Subject) -> None:
+    text = Row("", "one two three four five six seven eight nine ten", "made", 1, kind="text")
+    settings = ModelSettings(model="m", max_length=16, stride=8)
+    narrow = replace(subject, settings=settings, keep_text=True)
+    found = collect(narrow, EvaluationSet("forget", (text,), FULL))
+    tokens = len(subject.tokenizer(text.answer)["input_ids"]) + 1
+    assert sum(record["tokens"] for record in found) == tokens - 1  # the very first token has nothing before it
+    assert len({record["id"] for record in found}) == len(found) > 1
+    assert found[0]["text"]["question"] + found[0]["text"]["answer"] == text.answer[:16]
+    assert "wrong_nll" not in found[0]
+
+
+def test_a_generated_answer_is_cut_before_a_stop(subject: Subject) -> None:
+    whole, cut = (
+        collect(replace(subject, keep_text=True), EvaluationSet("f", made(1), Generation(6, stop)))[0]["text"][
+            "generated"
+        ]
+        for stop in ((), ("\x00never",))
+    )
+    assert whole == cut
+    middle = whole[len(whole) // 2]
+    [record] = collect(replace(subject, keep_text=True), EvaluationSet("f", made(1), Generation(6, (middle,))))
+    assert record["text"]["generated"] == whole[: whole.index(middle)].strip()
+
+
+def test_borrowed_wrong_answers_are_other_rows_answers_seeded_and_marked() -> None:
+    rows = tuple(Row(f"q{i}", f"a{i % 8}", "made", i) for i in range(12))
+    text = Row("", "running text", "made", 13, kind="text")
+    found = with_wrong_answers((*rows, text), seed=0)
+    for row in found[:12]:
+        wrong = row.extra["perturbed_answer"]
+        assert len(set(wrong)) == WRONG_ANSWERS and row.answer not in wrong and set(wrong) <= {r.answer for r in rows}
+        assert row.extra["borrowed"]
+    assert found[12] is text
+    assert found == with_wrong_answers((*rows, text), seed=0)
+    assert [r.extra for r in found] != [r.extra for r in with_wrong_answers((*rows, text), seed=1)]
+    own = replace(rows[0], extra={"perturbed_answer": ["x"]})
+    assert with_wrong_answers((own, rows[1]), seed=0)[0] is own
+
+
+# --- files
+
+
+def test_a_torn_last_line_is_cut_off_and_the_rest_kept(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path, "forget")
+    assert not file.path.exists()
+    file.append([{"row": 1}, {"row": 0}])
+    with file.path.open("a") as stream:
+        stream.write('{"row": 2, "nl')
+    again = RecordFile(tmp_path, "forget")
+    assert [record["row"] for record in again.records] == [1, 0]
+    again.append([{"row": 2}])
+    assert [record["row"] for record in again.close()] == [0, 1, 2]
+    assert [json.loads(line)["row"] for line in file.path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_value_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path, "forget")
+    with pytest.raises(NumericError, match="row 4"):
+        file.append([{"row": 4, "nll": float("nan")}])
+    assert not file.path.exists()
+    broken = Evaluation("log", {}, {"forget": [{"row": 3, "nll": float("inf")}]})
+    with pytest.raises(NumericError, match="log: 'nll' of row 3 of set 'forget'"):
+        broken.column("forget", "nll")
+    with pytest.raises(DataError, match="row 3 of set 'forget' has no 'rouge_recall'"):
+        broken.column("forget", "rouge_recall")
+
+
+def some(**about: object) -> Evaluation:
+    return Evaluation("one", {"suite": "tofu", **about}, {"forget": [{"row": 0, "id": "a"}, {"row": 1, "id": "b"}]})
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (some(template="qa"), "their template differs"),
+        (some(tokenizer="abc"), "their tokenizer differs"),
+        (some(split="forget05"), "their split differs"),
+        (replace(some(), sets={"forget": some().sets["forget"][:1]}), "2 rows in one, 1 in the other"),
+        (replace(some(), sets={"forget": some().sets["forget"][::-1]}), "row 0 of set 'forget' is another one"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(other: Evaluation, said: str) -> None:
+    one = some(template="chat", tokenizer="def", split="forget01")
+    check_comparable(one, some())
+    with pytest.raises(DataError, match=said):
+        check_comparable(one, other)
+
+
+# --- commands
+
+
+@pytest.fixture
+def command(tmp_path: Path, model_folder: Path) -> Callable[..., list[str]]:
+    data = tofu_folder(tmp_path / "tofu", rows=5)
+
+    def arguments(out: str, *more: str) -> list[str]:
+        given = ["evaluate", "--model", model_folder, "--suite", "tofu", "--data", data, "--split", "forget01"]
+        return [*map(str, given), "--new-tokens", "4", "--out", str(tmp_path / out), *more]
+
+    return arguments
+
+
+def test_the_commands_give_the_same_scores_and_json(
+    tmp_path: Path, command: Callable[..., list[str]], capsys: pytest.CaptureFixture
+) -> None:
+    assert main(command("reference")) == 0
+    capsys.readouterr()
+    assert main(command("one", "--reference", str(tmp_path / "reference"), "--json")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "one" / "scores.json").read_text())
+    assert main(["score", str(tmp_path / "one"), "--reference", str(tmp_path / "reference"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == printed
+    assert printed["forget_quality"] | {"value": 0.0, "p": 1.0, "statistic": 0.0, "n": 5} == printed["forget_quality"]
+    assert {"value", "n", "low", "high"} <= printed["model_utility"].keys()
+    assert main(["score", str(tmp_path / "one")]) == 0
+    assert "undefined: forget_quality" in capsys.readouterr().out
+    about = read_evaluation(tmp_path / "one").about
+    assert about["sets"]["forget"]["rows"] == 5 and about["adapter"] is None and about["template"] == "qa"
+    assert set(about["seconds"]) == {"likelihood", "generation"}
+
+
+def test_an_interrupted_evaluation_resumes_to_the_same_records(
+    tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(collecting, "BLOCK", 2)
+    assert main(command("whole")) == 0
+    made, original = [], collecting._measured
+
+    def stops_after_four(*args: object) -> list[dict]:
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(collecting, "_measured", stops_after_four)
+    assert main(command("torn")) in (75, 130)
+    assert not (tmp_path / "torn").exists()
+    monkeypatch.setattr(collecting, "_measured", lambda *args: made.append(1) or original(*args))
+    capsys.readouterr()
+    assert main(command("torn")) == 2 and "--resume" in capsys.readouterr().err
+    assert main(command("torn", "--resume")) == 0
+    assert len(made) == 4 + (4 * 3 - 4)
+    for name in ("forget", "retain", "real_authors", "world_facts"):
+        files = [(tmp_path / out / "records" / f"{name}.jsonl").read_bytes() for out in ("whole", "torn")]
+        assert files[0] == files[1]
+    assert (tmp_path / "whole/scores.json").read_bytes() == (tmp_path / "torn/scores.json").read_bytes()
+
+
+def test_resuming_with_other_data_is_refused(
+    tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    original = collecting._answered
+
+    def stops_in_retain(subject: Subject, block: list, *more: object) -> list:
+        if "retain" in block[0].question:
+            raise KeyboardInterrupt
+        return original(subject, block, *more)
+
+    monkeypatch.setattr(collecting, "_answered", stops_in_retain)
+    assert main(command("torn")) in (75, 130)
+    (tmp_path / "tofu" / "retain_perturbed.json").write_text(json.dumps(ROW))
+    assert main(command("torn", "--resume")) == 2
+    assert "retain rows" in capsys.readouterr().err
+
+
+def test_a_wrong_reference_is_refused_before_anything_is_measured(
+    tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(command("short", "--max-rows", "3")) == 0
+    monkeypatch.setattr(collecting, "_measured", lambda *args: pytest.fail("measured"))
+    capsys.readouterr()
+    assert main(command("one", "--reference", str(tmp_path / "short"))) == 3
+    assert "set 'forget' has 5 rows in one, 3 in the other" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
+
+
+def test_own_data_needs_no_reference_and_says_what_is_undefined(
+    tmp_path: Path, model_folder: Path, data_files: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    given = ["--model", model_folder, "--forget", data_files[0], "--retain", data_files[1], "--new-tokens", "4"]
+    arguments = [*map(str, given), "--out", str(tmp_path / "own"), "--json"]
+    assert main(["evaluate", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["forget_quality"]["value"] is None and "--reference" in found["forget_quality"]["reason"]
+    assert "other rows" in found["forget_truth_ratio"]["note"] and "other rows" in found["model_utility"]["note"]
+    assert 0 <= found["model_utility"]["value"] <= 1
+    secrets = [row.answer for file in data_files for row in read_rows(file).rows]
+    for path in (p for p in (tmp_path / "own").rglob("*") if p.is_file()):
+        assert not [s for s in secrets if s in path.read_text()], path
+    assert main(["evaluate", *arguments[:-3], "--out", str(tmp_path / "kept"), "--keep-text"]) == 0
+    kept = read_evaluation(tmp_path / "kept").sets["forget"]
+    assert {record["text"]["answer"] for record in kept} <= set(secrets)
+    assert main(["evaluate", "--model", str(model_folder), "--out", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize("word", ["missing", "empty"])
+def test_score_of_something_else_is_one_clear_line(tmp_path: Path, word: str, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["score", str(tmp_path / word)]) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
