@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import tofu_folder, write_rows
+from lorasure.artifacts import sha256
 from lorasure.cli import main
 from lorasure.config import ModelSettings
 from lorasure.data.examples import Row, collate
@@ -284,7 +285,7 @@ def test_own_data_needs_no_reference_and_says_what_is_undefined(
     assert 0 <= found["model_utility"]["value"] <= 1
     secrets = [row.answer for file in data_files for row in read_rows(file).rows]
     for path in (p for p in (tmp_path / "own").rglob("*") if p.is_file()):
-        assert not [s for s in secrets if s in path.read_text()], path
+        assert not [s for s in secrets if s.encode() in path.read_bytes()], path
     assert main(["evaluate", *arguments[:-3], "--out", str(tmp_path / "kept"), "--keep-text"]) == 0
     kept = read_evaluation(tmp_path / "kept").sets["forget"]
     assert {record["text"]["answer"] for record in kept} <= set(secrets)
@@ -296,3 +297,27 @@ def test_score_of_something_else_is_one_clear_line(tmp_path: Path, word: str, ca
     (tmp_path / "empty").mkdir()
     assert main(["score", str(tmp_path / word)]) == 3
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_adapter_is_evaluated_on_its_run_s_data_and_compared_inside_with_the_original(
+    tmp_path: Path, model_folder: Path, data_files: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    run, base = tmp_path / "run", ["--model", str(model_folder)]
+    data = ["--forget", str(data_files[0]), "--retain", str(data_files[1])]
+    assert main(["forget", *base, *data, "--out", str(run), "--lr", "3e-2", "--init", "lora", "--epochs", "2"]) == 0
+    plain = ["--no-generate", "--json", "--out"]
+    assert main(["evaluate", *base, *data, *plain, str(tmp_path / "before")]) == 0
+    capsys.readouterr()
+    reference = ["--reference", str(tmp_path / "before")]
+    assert main(["evaluate", *base, "--adapter", str(run), *reference, *plain, str(tmp_path / "after")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["forget_cka_original"]["value"] < 1
+    assert len(found["forget_cka_original"]["layers"]) == 3  # the embeddings and two layers
+    # Here the reference is the original model itself.
+    assert found["retain_cka_retrained"]["value"] == pytest.approx(found["retain_cka_original"]["value"])
+    about = read_evaluation(tmp_path / "after").about
+    assert about["adapter"]["sha256"] == sha256(run / "adapter" / "adapter_model.safetensors")
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["forget_probability"]["value"] == pytest.approx(summary["after"]["forget"]["value"], rel=1e-5)
+    assert main(["evaluate", *base, "--adapter", str(tmp_path), *plain, str(tmp_path / "none")]) == 3
+    assert "neither a run folder with an adapter nor a PEFT adapter" in capsys.readouterr().err

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from . import artifacts, folders, lora
 from .data.encode import resolved_template
 from .data.load import rows_hash
 from .errors import DataError
-from .evaluate.collect import EvaluationSet, Subject, collect, items
-from .evaluate.evaluation import ABOUT, Evaluation, Record, RecordFile, check_comparable, write_scores
+from .evaluate.collect import EvaluationSet, Subject, items
+from .evaluate.evaluation import ABOUT, HIDDEN, Evaluation, Record, RecordFile, check_comparable, write_scores
+from .evaluate.inside import layer_means
 from .evaluate.logs import open_evaluation, write_log
 from .evaluate.metrics import Score
 from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings
@@ -23,6 +28,7 @@ from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_d
 from .progress import Reporter
 from .registry import lookup
 
+HIDDEN_ROWS = 100
 KEYS_OF_RUN = ("forget", "retain")  # settings that an evaluation of a run takes from it, unless given
 NOT_IDENTITY = ("out", "overwrite", "resume", "json", "reference", "device", "tokens_per_batch")
 
@@ -49,7 +55,8 @@ def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None)
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
     with folders.resumable_folder(out, _identity(settings, about), **options) as folder:
         records = measure(subject, suite, sets, settings, reporter, folder)
-        found = Evaluation(str(out), about | {"seconds": subject.seconds}, records)
+        hidden = keep_hidden(subject, sets, folder)
+        found = Evaluation(str(out), about | {"seconds": subject.seconds}, records, hidden)
         scores = suite.score(found, reference)
         artifacts.write_json(folder / ABOUT, found.about)
         write_scores(folder, scores)
@@ -58,7 +65,10 @@ def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None)
 
 def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
     """The settings, with the data of the run whose adapter is evaluated where none is named."""
-    if settings.adapter is None or settings.suite != "own":
+    if settings.adapter is None:
+        return settings
+    adapter_folder(settings.adapter)
+    if settings.suite != "own":
         return settings
     config = Path(settings.adapter) / artifacts.CONFIG
     stored = artifacts.read_yaml(config) if config.is_file() else {}
@@ -145,13 +155,36 @@ def measure(
     with reporter.stage("evaluate", sum(len(s.rows) for s in sets)) as progress:
         for chosen in sets:
             if folder is None:
-                found[chosen.name] = collect(subject, chosen, progress=progress)
+                found[chosen.name] = suite.collect(subject, chosen, progress=progress)
                 continue
             file = RecordFile(folder, chosen.name)
             done = {record["row"] for record in file.records}
-            collect(subject, chosen, done, file.append, progress)
+            suite.collect(subject, chosen, done, file.append, progress)
             found[chosen.name] = file.close()
     return found
+
+
+def keep_hidden(subject: Subject, sets: Sequence[EvaluationSet], folder: Path) -> dict[str, Any]:
+    """hidden.safetensors: mean hidden states of the first rows of the sets `forget` and `retain`, per layer.
+
+    With an adapter, those without it as well.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    for chosen in [s for s in sets if s.name in ("forget", "retain")]:
+        examples = [item.example for item in items(subject, chosen.rows[:HIDDEN_ROWS], chosen.max_length)]
+        for name, context in _with_and_without(subject.model, chosen.name):
+            with context:
+                layers = layer_means(subject.model, examples, subject.token_budget)
+            kept[name] = torch.from_numpy(np.stack(layers))
+    if kept:
+        about = {"shape": "(layers, rows, width)", "state": "mean over the positions that predict the answer"}
+        artifacts.write_tensors(folder / HIDDEN, kept, about)
+    return {name: tensor.numpy() for name, tensor in kept.items()}
+
+
+def _with_and_without(model: Any, name: str) -> list[tuple[str, Any]]:
+    adapter = getattr(model, "disable_adapter", None)
+    return [(name, nullcontext()), *([(f"{name} original", adapter())] if adapter else [])]
 
 
 def score_folder(path: Path, settings: ScoreSettings) -> dict[str, Score]:

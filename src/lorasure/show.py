@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+
+from .errors import escaped
 
 
 def result(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -24,13 +27,104 @@ def result(folder: Path, summary: Mapping[str, Any]) -> None:
     memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in summary["peak_memory_bytes"].items())
     console.print(f"time: {times}", f"peak memory: {memory}", sep="\n", markup=False, soft_wrap=True)
     console.print(
-        f"adapter: {folder}/adapter (rank {summary['export']['rank']}), checked on the untouched base: "
+        f"adapter: {escaped(str(folder))}/adapter (rank {summary['export']['rank']}), checked on the untouched base: "
         f"largest logit difference {summary['export']['max_logit_difference']:.1e}",
         summary["verdict"]["text"],
         sep="\n",
         markup=False,
         soft_wrap=True,
     )
+
+
+def scores(found: Mapping[str, Any], title: str, as_json: bool = False) -> None:
+    """Scores with n and interval as a table, then what is undefined and why; or one JSON object on standard output."""
+    plain = {name: score.to_json() for name, score in found.items()}
+    if as_json:
+        print(json.dumps(plain, indent=2, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    table = Table(
+        Column("score", no_wrap=True), Column("value", justify="right", no_wrap=True), Column("n", justify="right"), ""
+    )
+    table.title, table.title_justify = f"{title} (95 % interval)", "left"
+    undefined: dict[str, list[str]] = {}
+    for name, score in plain.items():
+        if score["value"] is None:
+            undefined.setdefault(score["reason"], []).append(name)
+        else:
+            table.add_row(name, _interval(score), str(score["n"]), _remark(score))
+    console.print(table)
+    for reason, names in undefined.items():
+        console.print(f"undefined: {', '.join(names)}: {reason}.", markup=False, soft_wrap=True)
+
+
+def steps(measured: Mapping[str, Mapping[str, Any]], folder: str, as_json: bool = False) -> None:
+    """Scores at each step of a sequence, a column per step; or one JSON object with names STEP_SCORE."""
+    if as_json:
+        plain = {f"{step}_{name}": s.to_json() for step, scores in measured.items() for name, s in scores.items()}
+        print(json.dumps(plain, indent=2, allow_nan=False))
+        return
+    table = Table(
+        Column("score", no_wrap=True), *(Column(step.replace("_", " "), justify="right") for step in measured)
+    )
+    table.title, table.title_justify = f"{escaped(folder)} (n, intervals, reasons: ledger.json)", "left"
+    for name in dict.fromkeys(name for scores in measured.values() for name in scores):
+        found = [scores.get(name) for scores in measured.values()]
+        table.add_row(name, *("" if s is None else "-" if s.value is None else f"{s.value:.3f}" for s in found))
+    Console(highlight=False).print(table)
+
+
+def probe(found: Mapping[str, Any], source: str, as_json: bool = False) -> None:
+    """What a model knows of a text as a table, what the control is, and the verdict as the last line; or as JSON."""
+    shown = found if as_json else {name: score for name, score in found.items() if name != "verdict"}
+    scores(shown, source, as_json)
+    if not as_json:
+        words = found["verdict"].extra
+        lines = ("p: that the text lies no higher than the control.", f"Control: {words['control']}.", words["text"])
+        Console(highlight=False).print(*lines, sep="\n", markup=False)
+
+
+def attacks(about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
+    """A row per attack and point, what did not run, the verdict, the gate; or one JSON object, the gate on stderr."""
+    gate = [rule["text"] for rule in about["gate"]]
+    if as_json:
+        named = {_name(line, key): score for line in lines for key, score in line["scores"].items()}
+        print(json.dumps(named, indent=2, allow_nan=False))
+        Console(stderr=True, highlight=False).print(*gate, sep="\n", markup=False, soft_wrap=True)
+        return
+    console = Console(highlight=False)
+    names = list(dict.fromkeys(key for line in lines for key in line["scores"]))
+    table = Table("attack", *(Column(name.replace("_", "\n"), justify="right") for name in names), box=None)
+    table.title, table.title_justify = (
+        "after each attack: unlearned" + " / retrained" * (about["retrained"] is not None),
+        "left",
+    )
+    values: dict[tuple, dict[str, list[str]]] = {}
+    for line in lines:
+        cells = values.setdefault((line["attack"], line["point"]), {name: [] for name in names})
+        for name in line["scores"]:
+            cells[name].append(f"{line['scores'][name]['value']:.3f}")
+    for (attack, point), cells in values.items():
+        table.add_row(attack + ("" if point is None else f" {point:g}"), *(" / ".join(c) for c in cells.values()))
+    console.print(table)
+    known = [s for line in lines for s in line["scores"].values() if s["low"] is not None]
+    widest = max(((s["high"] - s["low"]) / 2 for s in known), default=None)
+    if widest is not None:
+        console.print(f"95 % intervals, at most +-{widest:.2f} here, and n are in attacks.jsonl.", markup=False)
+    skipped = [f"not run: {x['attack']} ({x['subject']}): {x['reason']}." for x in about["not_run"]]
+    console.print(*skipped, *about["verdict"], *gate, sep="\n", markup=False, soft_wrap=True)
+
+
+def _name(line: Mapping[str, Any], score: str) -> str:
+    """subject_attack_point_score"""
+    point = [] if line["point"] is None else [f"{line['point']:g}"]
+    return "_".join([line["subject"], line["attack"], *point, score])
+
+
+def _remark(score: Mapping[str, Any]) -> str:
+    if "statistic" in score:
+        return f"p = {score['p']:.3g}, D = {score['statistic']:.4f}, {score['method']}"
+    return str(score.get("note", ""))
 
 
 def _interval(score: Mapping[str, Any]) -> str:

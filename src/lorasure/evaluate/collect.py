@@ -18,11 +18,12 @@ from ..data.load import encode_rows
 from ..errors import DataError
 from ..forward import Progress, answer_records, base_of
 from ..forward import Record as Measured
-from .behaviour import is_refusal
+from .behaviour import compression_ratio, is_refusal, ngram_entropy, repetition
 from .evaluation import Record
 from .membership import min_k, min_k_plus_plus, zlib_ratio
 from .rouge import rouge_l
 
+DEGENERATION = (repetition, ngram_entropy, compression_ratio)
 BLOCK = 32  # rows that are measured, generated and written together; it changes speed only
 
 
@@ -225,7 +226,7 @@ def _answered(subject: Subject, block: Sequence[Item], generation: Generation) -
             expected = str(subject.tokenizer.decode(ids, skip_special_tokens=True))
         recall, f1 = rouge_l(expected, text, stem=generation.stem)
         record: Record = {"rouge_recall": recall, "rouge_f1": f1, "refused": int(is_refusal(text))}
-        record["generated_tokens"] = tokens
+        record |= {f.__name__: f(text) for f in DEGENERATION} | {"generated_tokens": tokens}
         if subject.keep_text:
             record["text"] = {"question": item.question, "answer": item.answer, "generated": text}
         records.append(record)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import DataError, NumericError
 
 ABOUT = "evaluation.json"
 RECORDS = "records"
+HIDDEN = "hidden.safetensors"
 SCORES = "scores.json"
 Record = dict[str, Any]
 
@@ -36,7 +37,12 @@ FIELDS = {
     "rouge_recall": "ROUGE-L recall of the generated answer against the true one, in [0, 1]; of stems, but for MUSE",
     "rouge_f1": "ROUGE-L F1 of the same, in [0, 1]",
     "refused": "1 if the generated answer is a refusal, else 0",
+    "repetition": "of the generated answer, as are the next two: see behaviour.py",
+    "ngram_entropy": "bits",
+    "compression_ratio": "bytes per compressed byte",
     "generated_tokens": "tokens of the generated answer, end of text not counted",
+    "answer": "multiple choice: number of the right choice, from 0; `correct` then has one character for the choice",
+    "option_nll": "multiple choice: list: negative log-likelihood of each choice, nats",
     "text": "only with --keep-text: question, answer, generated",
 }
 
@@ -45,12 +51,14 @@ FIELDS = {
 class Evaluation:
     """`about`: suite, split, model, adapter, template, tokenizer, sets (rows and hash of each). `sets`: the records.
 
-    `source` names it in messages.
+    `hidden`: for some sets the mean hidden states of the first rows, (layers, rows, width), see inside.py; under
+    `SET original` those of the same model without its adapter. `source` names it in messages.
     """
 
     source: str
     about: dict[str, Any]
     sets: dict[str, list[Record]]
+    hidden: Mapping[str, Any] = field(default_factory=dict)
 
     def records(self, name: str) -> list[Record]:
         """The records of a set; DataError if there is none."""
@@ -146,7 +154,11 @@ def read_evaluation(folder: Path) -> Evaluation:
     names = [f"{RECORDS}/{name}.jsonl" for name in about["sets"]]
     artifacts.check_run(folder, *names)
     sets = {name: _read_records(folder / path) for name, path in zip(about["sets"], names, strict=True)}
-    return Evaluation(str(folder), about, sets)
+    hidden = {}
+    if (folder / HIDDEN).is_file():
+        artifacts.check_run(folder, HIDDEN)
+        hidden = {name: tensor.numpy() for name, tensor in artifacts.read_tensors(folder / HIDDEN)[0].items()}
+    return Evaluation(str(folder), about, sets, hidden)
 
 
 def _read_records(path: Path) -> list[Record]:

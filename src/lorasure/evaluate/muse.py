@@ -18,7 +18,6 @@ from .metrics import Score, mean_score
 from .settings import SuiteSettings
 from .tofu import NOT_GENERATED, capped, memorisation, prefixed
 
-MUSE = "https://arxiv.org/abs/2407.06460"
 HOMES = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 LONGEST = 2048  # tokens of the published texts at most, so none of them is cut
 CONTINUED = Generation(128, stem=False, clip=True)

@@ -13,8 +13,9 @@ from ..errors import UsageError
 from .collect import EvaluationSet, Generation
 from .evaluation import Evaluation
 from .metrics import Score
+from .representation import similarity
 from .settings import SuiteSettings
-from .tofu import capped, memorisation, prefixed, quality, set_scores, utility
+from .tofu import behaviour, capped, memorisation, prefixed, quality, set_scores, utility
 
 WRONG_ANSWERS = 5  # per row, as TOFU has
 BORROWED = "wrong answers are those of other rows of the same kind, so the truth ratio is easier than TOFU's"
@@ -60,6 +61,8 @@ def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Sco
     found: dict[str, Score] = {}
     for name in evaluation.sets:
         found |= prefixed(name, set_scores(evaluation, name) | memorisation(evaluation, name))
+        found |= prefixed(name, behaviour(evaluation, name))
+    found |= similarity(evaluation, reference)
     found["forget_quality"] = quality(evaluation, reference)
     for name, without in (("model_utility", []), ("model_utility_without_rouge", ["rouge"])):
         found[name] = Score(None, 0, reason="no rows to keep were given (--retain)")

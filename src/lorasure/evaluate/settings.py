@@ -9,6 +9,7 @@ from ..config import (
     ImportanceSettings,
     InitSettings,
     ModelSettings,
+    OutSettings,
     Settings,
     TrainSettings,
     option,
@@ -65,6 +66,46 @@ class ScoreSettings(JsonSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttackSettings(JsonSettings):
+    """All settings of `lorasure attack`."""
+
+    attacks: str = option(
+        "all",
+        "comma-separated: prefix, paraphrase, few-shot, prefill, sample, scale, quantise, nf4, relearn, relearn-few",
+    )
+    rows: int = option(
+        100, "rows of the forget set to measure on, drawn at random: n = 100 gives +-0.1 at worst", low=2
+    )
+    retrained: str | None = option(
+        None,
+        "a model trained without the forget set, attacked in the same way: the difference is the finding",
+        path=True,
+    )
+    gate: str = option(
+        "", "comma-separated SCORE<=VALUE or ATTACK:SCORE<=VALUE for the worst attack; exit code 20 if one is exceeded"
+    )
+    relearn_lr: float = option(2e-5, "learning rate of relearning; small models and LoRA need more", above=0)
+    relearn_rank: int | None = option(
+        None, "relearn with a LoRA adapter of this rank, for less memory (default: all weights, in float32)", low=1
+    )
+    generate_rows: int = option(20, "of --rows, those that the model answers in its own words (ROUGE); 0: none", low=0)
+    new_tokens: int = option(64, "tokens that a generated answer may have", low=1)
+    samples: int = option(8, "sample: answers per row, of which the worst counts", low=1)
+    model: str | None = option(None, "the run's base model, if it is elsewhere now", path=True)
+    forget: str | None = option(None, "the run's forget set, if it is elsewhere now", path=True)
+    retain: str | None = option(None, "the run's retain set, if it is elsewhere now", path=True)
+    dtype: str | None = option(None, "float32, bfloat16, float16 or auto (default: as in the run)")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the accelerator if there is one")
+    tokens_per_batch: int | None = option(
+        None, "padded tokens in one forward pass; memory and speed, not the result (default: by device)", low=1
+    )
+    seed: int = option(0, "seed of the rows, of sampling and of the order of relearning", low=0)
+    out: str | None = option(None, "the folder to make (default: beside the run, its name and -attacks)", path=True)
+    overwrite: bool = option(False, "replace the earlier attacks in --out, once the new ones are complete")
+    resume: bool = option(False, "go on with attacks that were interrupted")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeSettings(JsonSettings, ModelSettings):
     """All settings of `lorasure probe`."""
 
@@ -76,10 +117,12 @@ class ProbeSettings(JsonSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceSettings(JsonSettings, ExportSettings, TrainSettings, InitSettings, ImportanceSettings, ModelSettings):
+class SequenceSettings(
+    JsonSettings, OutSettings, ExportSettings, TrainSettings, InitSettings, ImportanceSettings, ModelSettings
+):
     """All settings of `lorasure sequence`."""
 
-    out: str = required("folder for the runs and the ledger; when it is there already, only what is new in it is done")
+    out: str = required("folder for the ledger and the runs; requests whose run is there are not applied again")
     retain: str | None = option(None, "rows to keep, at every request (--protocol: default raw/retain1)", path=True)
     protocol: str | None = option(
         None, "MUSE's data instead of requests: sust, one after another, or scal, growing, each from the original model"

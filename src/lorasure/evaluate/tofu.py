@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from ..data.examples import Row
 from ..data.readers import read_rows
 from ..registry import lookup
+from .behaviour import perplexity
 from .collect import EvaluationSet, Generation
 from .evaluation import Evaluation
 from .metrics import (
@@ -23,6 +26,7 @@ from .metrics import (
     truth_ratio,
     truth_ratio_values,
 )
+from .representation import similarity
 from .settings import SuiteSettings
 
 HUB = "locuslab/TOFU"
@@ -30,6 +34,12 @@ SPLITS = {"forget01": 40, "forget05": 200, "forget10": 400}  # rows of each
 KEPT = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
 FACTS = ("real_authors", "world_facts")  # sets whose probability is that of the answer among the answers offered
 SEEDS = {"forget": 0, "retain": 1, "real_authors": 2, "world_facts": 3}  # bootstrap: one per set
+GENERATED = {  # score -> field of the records
+    "refusal_rate": "refused",
+    "repetition": "repetition",
+    "ngram_entropy": "ngram_entropy",
+    "compression_ratio": "compression_ratio",
+}
 NOT_GENERATED = "the model's own answers were not recorded (--no-generate)"
 NO_REFERENCE = "no evaluation of a model trained without the forget set was given (--reference)"
 
@@ -102,7 +112,7 @@ def utility(
 
 
 def memorisation(evaluation: Evaluation, name: str) -> dict[str, Score]:
-    """Exact memorisation and extraction strength of a set (arXiv 2506.12618), refusal rate where it was answered."""
+    """Exact memorisation and extraction strength of a set (arXiv 2506.12618)."""
     seed, n = SEEDS.get(name, 0), len(evaluation.records(name))
     if not evaluation.has(name, "correct"):
         unknown = Score(None, n, reason="the records do not say which tokens were predicted right")
@@ -112,8 +122,17 @@ def memorisation(evaluation: Evaluation, name: str) -> dict[str, Score]:
         "exact_memorisation": exact_memorisation(correct, seed=seed),
         "extraction_strength": extraction_strength(correct, seed=seed),
     }
-    if evaluation.has(name, "refused"):
-        found["refusal_rate"] = mean_score(evaluation.column(name, "refused"), seed=seed, what="refusals")
+    return found
+
+
+def behaviour(evaluation: Evaluation, name: str) -> dict[str, Score]:
+    """Perplexity of a set's answers; refusal rate and degeneration of the model's own, where it gave any."""
+    seed = SEEDS.get(name, 0)
+    nll, tokens = (np.array(evaluation.column(name, field)) for field in ("nll", "tokens"))
+    found = {"perplexity": perplexity(nll * tokens, tokens, seed=seed)}
+    for title, field in GENERATED.items():
+        if evaluation.has(name, field):
+            found[title] = mean_score(evaluation.column(name, field), seed=seed, what=f"{name} {field}")
     return found
 
 
@@ -132,6 +151,8 @@ def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Sco
     found: dict[str, Score] = {}
     for name in evaluation.sets:
         found |= prefixed(name, set_scores(evaluation, name) | memorisation(evaluation, name))
+        found |= prefixed(name, behaviour(evaluation, name))
+    found |= similarity(evaluation, reference)
     found["forget_quality"] = quality(evaluation, reference)
     found["model_utility"] = utility(evaluation)
     found["model_utility_arithmetic"] = utility(evaluation, "arithmetic")
