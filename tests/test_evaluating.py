@@ -292,6 +292,25 @@ def test_own_data_needs_no_reference_and_says_what_is_undefined(
     assert main(["evaluate", "--model", str(model_folder), "--out", str(tmp_path / "none")]) == 2
 
 
+def test_a_holdout_adds_membership_inference(
+    tmp_path: Path, model_folder: Path, data_files: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"question": f"Who was number {i}?", "answer": f"It was person {i * 7}."} for i in range(6)]
+    given = ["--model", model_folder, "--forget", data_files[0], "--holdout", write_rows(tmp_path / "new.jsonl", rows)]
+    arguments = ["evaluate", *map(str, given), "--no-generate", "--json"]
+    assert main([*arguments, "--gradient-norm", "--out", str(tmp_path / "one")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["privleak"]["value"] is None and found["membership_reference_auc"]["value"] is None
+    assert main([*arguments, "--out", str(tmp_path / "two"), "--reference", str(tmp_path / "one")]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["privleak"]["value"] == 0  # the reference is the same model
+    assert again["membership_reference_auc"]["value"] == 0.5
+    assert "--gradient-norm" in again["membership_gradient_norm_auc"]["reason"]
+    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm"):
+        assert 0 <= found[f"membership_{name}_auc"]["value"] <= 1 and found[f"membership_{name}_tpr"]["n"] == 6
+    assert "retain" not in {name.split("_")[0] for name in found}
+
+
 @pytest.mark.parametrize("word", ["missing", "empty"])
 def test_score_of_something_else_is_one_clear_line(tmp_path: Path, word: str, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()

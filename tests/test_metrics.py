@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lorasure.errors import DataError, NumericError, UsageError
 from lorasure.evaluate import metrics
-from lorasure.evaluate.metrics import METRICS, Score
+from lorasure.evaluate.metrics import Score
+from lorasure.evaluate.table import METRICS
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "tofu_logs"
 NLLS = st.lists(st.floats(0, 1e6), min_size=1, max_size=8)

@@ -16,6 +16,8 @@ from .losses.tokens import Answers, selected_answers, shift
 
 Progress = Callable[[int], None]
 
+ROWS = 128  # answer tokens at a time whose whole distributions are held a second time
+
 
 @contextmanager
 def _select_before_head(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -82,14 +84,26 @@ def answer_hidden(model: Any, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Record:
-    """The model on one answer: `nll` in nats summed over its tokens, and per token whether the label is the argmax."""
+    """The model on one answer: one number per answer token in each column, end of text included.
 
-    nll: float
+    `log_probs`: log-probability of the label in nats. `correct`: whether the label is the argmax. `expected` (nats) and
+    `variance` (nats squared): mean and variance of log p over the vocabulary when tokens are drawn from p itself, which
+    is what Min-K++ standardises by.
+    """
+
+    log_probs: tuple[float, ...]
     correct: tuple[bool, ...]
+    expected: tuple[float, ...]
+    variance: tuple[float, ...]
 
     @property
     def tokens(self) -> int:
         return len(self.correct)
+
+    @property
+    def nll(self) -> float:
+        """nats, summed over the answer tokens"""
+        return -sum(self.log_probs)
 
     @property
     def mean_nll(self) -> float:
@@ -105,9 +119,25 @@ def answer_records(
     records: list[Record | None] = [None] * len(examples)
     for group in micro_batches([len(e) for e in examples], token_budget):
         answers, _ = answer_logits(model, collate([examples[i] for i in group]).to(base_of(model).device))
-        correct = (answers.logits.argmax(-1) == answers.targets).split([examples[i].answer_length for i in group])
-        for i, nll, flags in zip(group, answers.nll_sum.tolist(), correct, strict=True):
-            records[i] = Record(nll, tuple(flags.tolist()))
+        columns = (answers.log_probs, answers.logits.argmax(-1) == answers.targets, *vocabulary_moments(answers))
+        sizes = [examples[i].answer_length for i in group]
+        for i, *parts in zip(group, *(column.split(sizes) for column in columns), strict=True):
+            records[i] = Record(*(tuple(part.tolist()) for part in parts))
         if progress:
             progress(len(group))
     return [record for record in records if record is not None]
+
+
+def vocabulary_moments(answers: Answers) -> tuple[Tensor, Tensor]:
+    """Mean and variance of log p(v) over the vocabulary, v drawn from p itself, (tokens,) each, in nats.
+
+    The mean is minus the entropy. The variance is taken around it, so it is never negative.
+    """
+    means, variances = [], []
+    for logits, normaliser in zip(answers.logits.split(ROWS), answers.log_normaliser.split(ROWS), strict=True):
+        log_p = logits - normaliser[:, None]
+        p = log_p.exp()
+        log_p = log_p.masked_fill(p == 0, 0)  # 0 log 0 = 0, also where the model rules tokens out with -inf
+        means.append((p * log_p).sum(-1))
+        variances.append((p * (log_p - means[-1][:, None]).square()).sum(-1))
+    return torch.cat(means), torch.cat(variances)

@@ -20,6 +20,7 @@ from ..forward import Progress, answer_records, base_of
 from ..forward import Record as Measured
 from .behaviour import compression_ratio, is_refusal, ngram_entropy, repetition
 from .evaluation import Record
+from .inside import gradient_norms
 from .membership import min_k, min_k_plus_plus, zlib_ratio
 from .rouge import rouge_l
 
@@ -45,7 +46,8 @@ class Generation:
 class EvaluationSet:
     """Rows and what to measure on them. Rows may bring `paraphrased_answer` and `perturbed_answer` (a list).
 
-    `membership`: also the values of the membership attacks. `max_length`: in tokens, where the suite sets its own.
+    `membership`: also the values of the membership attacks; `gradient_norm`: that of the gradient among them.
+    `max_length`: in tokens, where the suite sets its own.
     `change`: what is done to every item before it is measured, its tokens included.
     """
 
@@ -53,6 +55,7 @@ class EvaluationSet:
     rows: tuple[Row, ...]
     generation: Generation | None = None
     membership: bool = False
+    gradient_norm: bool = False
     max_length: int | None = None
     change: Callable[[Item], Item] | None = None
 
@@ -110,7 +113,7 @@ def collect(
         if all(item.index in done for item in block):
             found = []
         else:
-            found = _measured(subject, block, chosen.membership)
+            found = _measured(subject, block, chosen)
             if chosen.generation:
                 for record, more in zip(found, _answered(subject, block, chosen.generation), strict=True):
                     record |= more
@@ -172,7 +175,7 @@ def _halves(example: Example, at: int) -> tuple[list[int], list[int]]:
     return list(example.input_ids[:at]), list(example.input_ids[at:])
 
 
-def _measured(subject: Subject, block: Sequence[Item], membership: bool) -> list[Record]:
+def _measured(subject: Subject, block: Sequence[Item], chosen: EvaluationSet) -> list[Record]:
     """Likelihoods of the block's answers. A paraphrase that is the answer itself is not run twice."""
     began = time.perf_counter()
     sequences: list[Example] = []
@@ -187,8 +190,10 @@ def _measured(subject: Subject, block: Sequence[Item], membership: bool) -> list
         if item.wrong:
             record["paraphrase_nll"] = next(measured).mean_nll if _own_paraphrase(item) else true.mean_nll
             record["wrong_nll"] = [next(measured).mean_nll for _ in item.wrong]
-        if membership:
+        if chosen.membership:
             record |= _membership(item, true, subject.tokenizer.eos_token_id)
+        if chosen.gradient_norm:
+            [record["gradient_norm"]] = gradient_norms(subject.model, [item.example])
         if subject.keep_text:
             record["text"] = {"question": item.question, "answer": item.answer}
         records.append(record)

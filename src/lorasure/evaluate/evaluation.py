@@ -34,6 +34,7 @@ FIELDS = {
     "min_k": "mean of the lowest 40 % of the answer's log-probabilities, nats; without end of text, like the next two",
     "min_k_plus_plus": "the same, each log-probability standardised by the model's own distribution at that token",
     "zlib": "mean log-probability, nats, over the bytes of the compressed answer",
+    "gradient_norm": "Euclidean norm of the gradient of nll with respect to all weights",
     "rouge_recall": "ROUGE-L recall of the generated answer against the true one, in [0, 1]; of stems, but for MUSE",
     "rouge_f1": "ROUGE-L F1 of the same, in [0, 1]",
     "refused": "1 if the generated answer is a refusal, else 0",

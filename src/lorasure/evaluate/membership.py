@@ -6,7 +6,6 @@ per example with a number per answer token, end of text included, in nats. No mo
 
 from __future__ import annotations
 
-import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,11 +73,12 @@ def gradient_norm(norms: Floats) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Attack:
-    """A row of MEMBERSHIP. The function's positional parameters are the columns it needs."""
+    """A row of MEMBERSHIP: `function` of columns of the records, and what to say when it was not run."""
 
     title: str
     paper: str
     function: Callable[..., np.ndarray]
+    unless: str = "not measured"
 
 
 MEMBERSHIP = {
@@ -86,28 +86,28 @@ MEMBERSHIP = {
     "zlib": Attack("zlib", "https://arxiv.org/abs/2012.07805", zlib_ratio),
     "min_k": Attack("Min-K", "https://arxiv.org/abs/2310.16789", min_k),
     "min_k_plus_plus": Attack("Min-K++", "https://arxiv.org/abs/2404.02936", min_k_plus_plus),
-    "reference": Attack("Reference model", "https://arxiv.org/abs/2012.07805", reference),
-    "gradient_norm": Attack("Gradient norm", "https://arxiv.org/abs/2402.17012", gradient_norm),
+    "reference": Attack(
+        "Reference model", "https://arxiv.org/abs/2012.07805", reference, "no reference model was given (--reference)"
+    ),
+    "gradient_norm": Attack(
+        "Gradient norm", "https://arxiv.org/abs/1812.00910", gradient_norm, "not measured (--gradient-norm)"
+    ),
 }
 
 
-def membership_scores(forget: Mapping[str, Any], holdout: Mapping[str, Any], *, seed: int = 0) -> dict[str, Score]:
+def membership_scores(learnt: Mapping[str, Floats], unseen: Mapping[str, Floats], *, seed: int = 0) -> dict[str, Score]:
     """`NAME_auc` and `NAME_tpr` (at 1 % false positives) of every attack, the forget set against rows never learnt.
 
-    Both mappings go from a column's name (`log_probs`, `texts`, `norms`, ...) to the column. An attack whose columns
-    were not measured is undefined and says which are missing.
+    Both mappings go from the name of an attack to its values. An attack that was not run is undefined.
     """
     scores = {}
-    for name, attack in MEMBERSHIP.items():
-        parameters = inspect.signature(attack.function).parameters.values()
-        needs = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        missing = [need for need in needs if need not in forget or need not in holdout]
-        if missing:
-            undefined = Score(None, 0, reason=f"not measured: {', '.join(missing)}")
+    for name in MEMBERSHIP:
+        if name in learnt and name in unseen:
+            sides = learnt[name], unseen[name]
+            scores |= {f"{name}_auc": auc(*sides, seed=seed), f"{name}_tpr": tpr(*sides, seed=seed)}
+        else:
+            undefined = Score(None, 0, reason=MEMBERSHIP[name].unless)
             scores |= {f"{name}_auc": undefined, f"{name}_tpr": undefined}
-            continue
-        sides = [attack.function(*(side[need] for need in needs)) for side in (forget, holdout)]
-        scores |= {f"{name}_auc": auc(*sides, seed=seed), f"{name}_tpr": tpr(*sides, seed=seed)}
     return scores
 
 

@@ -18,9 +18,6 @@ from ..errors import DataError, NumericError, UsageError
 from ..registry import lookup
 
 Floats = Sequence[float] | np.ndarray
-TOFU = "https://arxiv.org/abs/2401.06121"
-OPEN_UNLEARNING = "https://arxiv.org/abs/2506.12618"
-
 DRAWS = 1000  # bootstrap resamples: the ends of a 95 % interval then rest on 25 draws each
 EXACT_KS_LIMIT = 10_000  # the sample size above which SciPy's "auto" turns to the asymptotic p-value
 # Largest |log R| for which R and 1/R are both normal float64 numbers.
@@ -273,23 +270,3 @@ def _right_suffix(row: np.ndarray) -> int:
     """Length of the longest all-correct suffix, T - k."""
     wrong = np.flatnonzero(row == 0)
     return len(row) - 1 - int(wrong[-1]) if wrong.size else len(row)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A row of METRICS: what a report calls the score, where it was published, and the function of records."""
-
-    title: str
-    paper: str
-    function: Callable[..., Score]
-
-
-METRICS = {
-    "probability": Metric("Probability", TOFU, probability),
-    "normalised_probability": Metric("Probability among the wrong answers", TOFU, normalised_probability),
-    "truth_ratio": Metric("Truth ratio", TOFU, truth_ratio),
-    "forget_quality": Metric("Forget quality (log10 p)", TOFU, forget_quality),
-    "model_utility": Metric("Model utility", TOFU, model_utility),
-    "exact_memorisation": Metric("Exact memorisation", OPEN_UNLEARNING, exact_memorisation),
-    "extraction_strength": Metric("Extraction strength", OPEN_UNLEARNING, extraction_strength),
-}

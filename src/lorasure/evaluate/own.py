@@ -6,12 +6,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from ..data.examples import Row
 from ..data.load import layout
 from ..data.readers import check_disjoint, read_rows
 from ..errors import UsageError
 from .collect import EvaluationSet, Generation
 from .evaluation import Evaluation
+from .membership import auc, membership_scores, privleak
 from .metrics import Score
 from .representation import similarity
 from .settings import SuiteSettings
@@ -31,7 +34,16 @@ def load(settings: SuiteSettings) -> list[EvaluationSet]:
         source = getattr(settings, name)
         if source is not None:
             rows = capped(read_rows(source, layout(settings)).rows, settings.max_rows)
-            found.append(EvaluationSet(name, with_wrong_answers(rows, settings.seed), generation))
+            attacked = settings.holdout is not None and name != "retain"
+            found.append(
+                EvaluationSet(
+                    name,
+                    with_wrong_answers(rows, settings.seed),
+                    generation,
+                    membership=attacked,
+                    gradient_norm=attacked and settings.gradient_norm,
+                )
+            )
     for other in found[1:]:
         check_disjoint(found[0].rows, other.rows)
     return found
@@ -63,6 +75,11 @@ def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Sco
         found |= prefixed(name, set_scores(evaluation, name) | memorisation(evaluation, name))
         found |= prefixed(name, behaviour(evaluation, name))
     found |= similarity(evaluation, reference)
+    if "holdout" in evaluation.sets:
+        sides = [membership_values(evaluation, reference, name) for name in ("forget", "holdout")]
+        found |= prefixed("membership", membership_scores(*sides))
+        retrained = reference and auc(*(membership_values(reference, None, n)["min_k"] for n in ("forget", "holdout")))
+        found["privleak"] = privleak(found["membership_min_k_auc"], retrained)
     found["forget_quality"] = quality(evaluation, reference)
     for name, without in (("model_utility", []), ("model_utility_without_rouge", ["rouge"])):
         found[name] = Score(None, 0, reason="no rows to keep were given (--retain)")
@@ -73,3 +90,15 @@ def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Sco
         return found
     rest = [name for name in found if "truth_ratio" in name or name == "forget_quality" or "utility" in name]
     return found | {name: replace(found[name], extra={**found[name].extra, "note": BORROWED}) for name in rest}
+
+
+def membership_values(evaluation: Evaluation, reference: Evaluation | None, name: str) -> dict[str, np.ndarray]:
+    """Values of the membership attacks on a set, as far as measured: attack -> (n,), higher looks more learnt."""
+    nll = np.array(evaluation.column(name, "nll"))
+    stored = ("zlib", "min_k", "min_k_plus_plus")
+    found = {field: np.array(evaluation.column(name, field)) for field in stored} | {"loss": -nll}
+    if reference:
+        found["reference"] = np.array(reference.column(name, "nll")) - nll
+    if evaluation.has(name, "gradient_norm"):
+        found["gradient_norm"] = -np.array(evaluation.column(name, "gradient_norm"))
+    return found

@@ -6,10 +6,12 @@ The hidden states are those of inside.layer_means: one vector per example and la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ..errors import DataError, NumericError
+from .evaluation import Evaluation
 from .metrics import Score
 
 
@@ -46,6 +48,31 @@ def layer_similarity(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) 
         except NumericError as error:
             scores.append(Score(None, len(x), reason=f"layer {index}: {error}"))
     return scores
+
+
+def similarity(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Score]:
+    """`SET_cka_original` and `SET_cka_retrained`: CKA of the layer least alike, that of all of them in `layers`.
+
+    Against the same model without its adapter, and against the retrained reference, where the hidden states of both
+    were kept.
+    """
+    found = {}
+    for name in [name for name in evaluation.sets if name in evaluation.hidden]:
+        others = {"original": evaluation.hidden.get(f"{name} original")}
+        others["retrained"] = reference.hidden.get(name) if reference else None
+        for which, other in others.items():
+            if other is not None and other.shape[:2] == evaluation.hidden[name].shape[:2]:
+                found[f"{name}_cka_{which}"] = _least(layer_similarity(other, evaluation.hidden[name]))
+    return found
+
+
+def _least(layers: Sequence[Score]) -> Score:
+    """The lowest of the layers' scores, with all values; undefined layers are passed over unless all are."""
+    defined = [score for score in layers if score.value is not None]
+    if not defined:
+        return layers[0]
+    least = min(defined, key=lambda score: float(score.value or 0))
+    return replace(least, extra={"layers": [score.value for score in layers]})
 
 
 def _aligned(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -128,8 +128,11 @@ def memorisation(evaluation: Evaluation, name: str) -> dict[str, Score]:
 def behaviour(evaluation: Evaluation, name: str) -> dict[str, Score]:
     """Perplexity of a set's answers; refusal rate and degeneration of the model's own, where it gave any."""
     seed = SEEDS.get(name, 0)
-    nll, tokens = (np.array(evaluation.column(name, field)) for field in ("nll", "tokens"))
-    found = {"perplexity": perplexity(nll * tokens, tokens, seed=seed)}
+    unknown = Score(None, len(evaluation.records(name)), reason="the records do not say how many tokens an answer has")
+    found = {"perplexity": unknown}
+    if evaluation.has(name, "tokens"):
+        nll, tokens = (np.array(evaluation.column(name, field)) for field in ("nll", "tokens"))
+        found["perplexity"] = perplexity(nll * tokens, tokens, seed=seed)
     for title, field in GENERATED.items():
         if evaluation.has(name, field):
             found[title] = mean_score(evaluation.column(name, field), seed=seed, what=f"{name} {field}")
