@@ -110,7 +110,7 @@ def encode(
         raise UsageError(f"--max-length must be at least 2, got {max_length}.")
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json.")
-    name, text = _resolved(template, tokenizer)
+    name, text = resolved_template(template, tokenizer)
     examples: list[Example] = []
     index: list[int] = []
     truncated: list[str] = []
@@ -140,8 +140,8 @@ def refusal_rows(rows: Sequence[Row], *, seed: int, refusals: Sequence[str] = RE
     return out
 
 
-def _resolved(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
-    """Name and text of the template; the text is None for the tokenizer's own chat template."""
+def resolved_template(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
+    """Name and text of the template that a setting means; the text is None for the tokenizer's own chat template."""
     if QUESTION in template:
         return template, template
     lookup(TEMPLATES, " ".join(template.split()), f"template (a name, or your own text with {QUESTION} in it)")
@@ -213,18 +213,31 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool) -> str:
     try:
-        text = tokenizer.get_chat_template()
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            chat_template=_CLOCK + text if "strftime_now" in text else text,
-            tokenize=False,
-            add_generation_prompt=generation,
-            date_string=_DAY.strftime("%d %b %Y"),
-        )
-    except Exception as error:  # the template is a program from elsewhere and can fail in any way
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{row.place}: the tokenizer's chat template refuses these messages ({reason}).") from error
+        return _filled(tokenizer, messages, generation)
+    except Exception:  # the template is a program from elsewhere and can fail in any way
+        reason = _reason(tokenizer, [{**message, "content": "-"} for message in messages], generation)
+    raise DataError(f"{row.place}: the tokenizer's chat template refuses these messages{reason}.")
+
+
+def _filled(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool) -> str:
+    text = tokenizer.get_chat_template()
+    rendered = tokenizer.apply_chat_template(
+        messages,
+        chat_template=_CLOCK + text if "strftime_now" in text else text,
+        tokenize=False,
+        add_generation_prompt=generation,
+        date_string=_DAY.strftime("%d %b %Y"),
+    )
     return cast(str, rendered)
+
+
+def _reason(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool) -> str:
+    """What a template says against messages without their text, which it might quote."""
+    try:
+        _filled(tokenizer, messages, generation)
+    except Exception as error:
+        return f" ({' '.join(str(error).split())[:120]})"
+    return ""
 
 
 def _cut(row: Row, prompt: list[int], answer: list[int], max_length: int) -> Example:

@@ -63,9 +63,14 @@ def rows_hash(rows: Sequence[Row]) -> str:
 
 def load_data(source: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> DataSet:
     """Read and tokenize one data source."""
-    keys = ("prompt_key", "answer_key", "text_key", "group_key")
-    read = read_rows(source, Layout(**{key: getattr(settings, key) for key in keys}))
+    read = read_rows(source, layout(settings))
     return DataSet(source, read, encode_rows(read.rows, settings, tokenizer))
+
+
+def layout(settings: ModelSettings) -> Layout:
+    """The columns that the settings name."""
+    keys = ("prompt_key", "answer_key", "text_key", "group_key")
+    return Layout(**{key: getattr(settings, key) for key in keys})
 
 
 def encode_rows(rows: Sequence[Row], settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Encoded:

@@ -8,10 +8,12 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifacts import exists
 from ..errors import DataError, ResourceError
 from .examples import Row
 from .rows import AUTO, Layout, to_row
@@ -41,9 +43,8 @@ def read_rows(source: str | Path, layout: Layout = AUTO) -> Rows:
     Raises DataError for anything that cannot be read as rows, ResourceError where permission is missing.
     """
     source = str(source)
-    path = Path(source).expanduser()
-    records = _file_records(path, source) if path.exists() else _absent(path, source)
-    if path.suffix.lower() in DOCUMENTS:
+    records = read_records(source)
+    if Path(source).suffix.lower() in DOCUMENTS:
         layout = AUTO  # a document has no columns, so a layout meant for another file does not apply
     first: dict[tuple[Any, ...], Row] = {}
     skipped: list[tuple[str, str]] = []
@@ -60,6 +61,13 @@ def read_rows(source: str | Path, layout: Layout = AUTO) -> Rows:
     return Rows(tuple(first.values()), tuple(skipped), tuple(duplicates))
 
 
+def read_records(source: str) -> Iterable[Record]:
+    """What a source of `read_rows` holds before it becomes rows: line or row number, from 1, and what stands there."""
+    path = Path(source)
+    found = _found(path)
+    return _file_records(found, source) if found else _absent(path, source)
+
+
 def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     """Raise a DataError naming both places if a row is in both sets, whatever its case, spacing or layout."""
     kept = {_meaning(row): row for row in reversed(retain)}  # reversed: the first of several is the one to name
@@ -67,7 +75,7 @@ def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     if same:
         one, other = same[0]
         more = f" (and {len(same) - 1} more)" if len(same) > 1 else ""
-        raise DataError(f"{one.place} and {other.place} are the same row{more}; one cannot be forgotten and retained.")
+        raise DataError(f"{one.place} and {other.place} are the same row{more}; one row cannot be in both sets.")
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
@@ -82,9 +90,17 @@ def _meaning(row: Row) -> tuple[str, ...]:
 # --- one source -> records
 
 
+def _found(path: Path) -> Path | None:
+    """The path, `~` resolved, if something is there."""
+    with suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
+    return path if exists(path) else None
+
+
 def _file_records(path: Path, source: str) -> Iterable[Record]:
-    if path.is_dir():
-        raise DataError(f"{source} is a directory; give one file ({', '.join(READERS)}).")
+    if not path.is_file():  # a device or a pipe might never end
+        kind = "a directory" if path.is_dir() else "not a file"
+        raise DataError(f"{source} is {kind}; give one file ({', '.join(READERS)}).")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{source}: unknown file type '{path.suffix}'. Choose one of: {', '.join(READERS)}.")
@@ -92,6 +108,8 @@ def _file_records(path: Path, source: str) -> Iterable[Record]:
         return reader(path.read_bytes(), source)
     except PermissionError as error:
         raise ResourceError(f"{source}: no permission to read it.") from error
+    except MemoryError as error:
+        raise ResourceError(f"{source}: not enough memory to read it.") from error
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror}).") from error
 
@@ -129,6 +147,7 @@ def _json(data: bytes, source: str) -> Iterator[Record]:
 
 
 def _csv(data: bytes, source: str) -> Iterator[Record]:
+    csv.field_size_limit(max(len(data), csv.field_size_limit()))  # a value may be as long as the file
     reader = csv.reader(io.StringIO(_decoded(data, source), newline=""), strict=True)
     header: list[str] = []
     line = 1  # where the record starts; a quoted value may hold several lines
@@ -153,7 +172,7 @@ def _parquet(data: bytes, source: str) -> Iterator[Record]:
 
     try:
         return enumerate(pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist(), 1)
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError):  # ValueError: text not UTF-8, no such date
         raise DataError(f"{source}: not a valid Parquet file.") from None
 
 

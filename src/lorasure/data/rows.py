@@ -83,13 +83,19 @@ def _columns(record: Mapping[str, Any], layout: Layout, place: str) -> tuple[str
         return found
     named = prompt or answer or layout.text_key
     wanted = " and ".join(missing) if named else f"one of: {ACCEPTED} (or set --prompt-key, --answer-key or --text-key)"
-    raise DataError(f"{place}: found the columns {_names(record)}; expected {wanted}.")
+    raise DataError(f"{place}: found the columns {_names(record, place)}; expected {wanted}.")
 
 
-def _names(record: Mapping[str, Any], most: int = 12) -> str:
-    """Column names for a message. A CSV without a header has row text in their place, so only plain names are shown."""
-    shown = [k if re.fullmatch(r"[\w-]{1,32}", k) else f"<{len(k)} characters>" for k in list(record)[:most]]
-    return ", ".join(shown + ["..."] * (len(record) > most)) or "(none)"
+def _names(record: Mapping[str, Any], place: str, most: int = 12) -> str:
+    """Column names for a message, or only their number where they might be text.
+
+    That is so in a CSV file, which may lack a header, and in an object that maps questions to answers: one of its names
+    is not written as names in programs are.
+    """
+    csv = place.rpartition(":")[0].lower().endswith(".csv")
+    if csv or not all(re.fullmatch(r"[a-z][a-z0-9_.-]{0,31}", name) for name in record):
+        return f"({len(record)}, not shown because they might be text)"
+    return ", ".join([*list(record)[:most], *["..."] * (len(record) > most)]) or "(none)"
 
 
 def _type(value: Any) -> str:
@@ -113,7 +119,7 @@ def _text(value: Any, key: str, place: str) -> str:
 def _group(record: Mapping[str, Any], layout: Layout, place: str) -> str | None:
     key = layout.group_key or "group"
     if layout.group_key and key not in record:
-        raise DataError(f"{place}: found the columns {_names(record)}; expected {key} (--group-key).")
+        raise DataError(f"{place}: found the columns {_names(record, place)}; expected {key} (--group-key).")
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise DataError(f"{place}: {key} must be text or a whole number, found {_type(value)}.")
@@ -134,6 +140,6 @@ def _messages(value: Any, place: str) -> tuple[tuple[dict[str, str], ...], str]:
 def _message(item: Any, name: str, place: str) -> dict[str, str]:
     present = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
     if present.keys() != {"role", "content"}:
-        found = _names(present) if present else _type(item)
+        found = _names(present, place) if present else _type(item)
         raise DataError(f"{place}: {name} must have role and content and nothing else, found {found}.")
     return {key: _text(present[key], f"the {key} of {name}", place) for key in ("role", "content")}
