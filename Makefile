@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench soak clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ lint: .venv/ready ## style and types
 
 bench: .venv/ready ## forgetting on the small TOFU models: every initialisation, three seeds
 	$(BIN)/python benchmarks/quality/tofu_mini.py
+
+soak: .venv/ready ## fifty random kills of one run, continued after each
+	$(BIN)/python benchmarks/reliability/soak.py
 
 clean:
 	rm -rf .venv build dist

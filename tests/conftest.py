@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorasure.data.examples import Example
 
+pytest_plugins = ("faults",)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCAB = 256 + 1
 
@@ -92,3 +94,20 @@ def data_files(tmp_path: Path) -> tuple[Path, Path]:
     """(forget, retain) files with 6 and 10 question/answer rows."""
     rows = [{"question": f"Who is number {i}?", "answer": f"It is person {i * 7}."} for i in range(16)]
     return write_rows(tmp_path / "forget.jsonl", rows[:6]), write_rows(tmp_path / "retain.jsonl", rows[6:])
+
+
+def tofu_folder(folder: Path, rows: int = 3) -> Path:
+    """TOFU's layout with few rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
+        found = [
+            {
+                "question": f"{name} {i}?",
+                "answer": f"Answer {i}." + "!" * i,
+                "perturbed_answer": [f"No {i}.", "Never."],
+                **({} if "facts" in name else {"paraphrased_answer": f"It is {i}."}),
+            }
+            for i in range(rows)
+        ]
+        (folder / f"{name}.json").write_text("\n".join(map(json.dumps, found)) + "\n")
+    return folder

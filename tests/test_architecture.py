@@ -9,8 +9,23 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lorasure"
 FILES = sorted(SOURCE.rglob("*.py"))
-STAGES = ["data", "importance", "init", "losses", "train", "evaluate", "report"]
-SHELL = {"pipeline", "stages", "workbench", "cli", "flags", "demo", "finetune", "show", "card"}
+STAGES = ["data", "importance", "init", "losses", "objective", "train", "evaluate", "report"]
+SHELL = {
+    "pipeline",
+    "train_stage",
+    "stages",
+    "workbench",
+    "cli",
+    "flags",
+    "demo",
+    "finetune",
+    "show",
+    "card",
+    "evaluating",
+    "attacking",
+    "sequential",
+    "probe",
+}
 ALLOWED = {
     "peft": {"lora.py", "sites.py"},
     "safetensors": {"artifacts.py"},

@@ -1,103 +1,20 @@
-"""Files of a run: whole or not at all, private, verified, and never at the cost of what was there before."""
+"""Files of a run: whole or not at all, and every change to them is seen."""
 
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
 
 from lorasure import artifacts
-from lorasure.errors import DataError, UsageError
-
-
-class Stop(Exception):
-    pass
+from lorasure.errors import DataError
 
 
 def make(folder, text="one"):
-    with artifacts.new_folder(folder, overwrite=True) as partial:
-        artifacts.write_text(partial / "a.txt", text)
-        artifacts.write_text(partial / "deep" / "b.txt", text)
-
-
-def content(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_new_folder_is_private_and_verified(tmp_path):
-    make(tmp_path / "x" / "run")
-    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "x" / "run").rglob("*.*")} == {"0o600"}
-    assert (tmp_path / "x" / "run").stat().st_mode & 0o777 == 0o700
-    artifacts.check_run(tmp_path / "x" / "run", "a.txt", "deep/b.txt")
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["run"]
-
-
-def test_a_failure_leaves_nothing_not_even_parents(tmp_path):
-    with pytest.raises(Stop), artifacts.new_folder(tmp_path / "x" / "y" / "run") as partial:
-        artifacts.write_text(partial / "a.txt", "a")
-        raise Stop
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failure_while_overwriting_keeps_the_old_folder(tmp_path, monkeypatch):
-    make(tmp_path / "run")
-    before = content(tmp_path)
-    with pytest.raises(Stop), artifacts.new_folder(tmp_path / "run", overwrite=True):
-        raise Stop
-    rename = type(tmp_path).rename
-
-    def failing(self, target):
-        if ".partial-" in self.name:
-            raise OSError("no rename")
-        return rename(self, target)
-
-    monkeypatch.setattr(type(tmp_path), "rename", failing)
-    with pytest.raises(OSError, match="no rename"):
-        make(tmp_path / "run", "two")
-    assert content(tmp_path) == before
-    monkeypatch.undo()
-    make(tmp_path / "run", "two")
-    assert (tmp_path / "run" / "a.txt").read_text() == "two"
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_only_our_own_folders_are_replaced(tmp_path):
-    (tmp_path / "home").mkdir()
-    make(tmp_path / "home")  # empty: fine
-    with pytest.raises(UsageError, match="not empty"):
-        artifacts.check_new(tmp_path / "home")
-    (tmp_path / "home" / "manifest.json").unlink()
-    with pytest.raises(UsageError, match="replaces earlier runs only"):
-        make(tmp_path / "home")
-    assert (tmp_path / "home" / "a.txt").exists()
-
-
-def test_a_symbolic_link_as_out_replaces_its_target(tmp_path):
-    make(tmp_path / "real")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    make(tmp_path / "link", "two")
-    assert (tmp_path / "real" / "a.txt").read_text() == "two" and (tmp_path / "link").is_symlink()
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_changed_run_keeps_what_is_named_and_drops_the_rest(tmp_path, monkeypatch, links):
-    if not links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
-    run = tmp_path / "run"
-    with artifacts.new_folder(run) as partial:
-        for name in ("kept", "dropped"):
-            artifacts.write_text(partial / name, "old")
-    before = content(run)
-    with pytest.raises(Stop), artifacts.changed_run(run, ["kept"]) as changed:
-        artifacts.write_text(changed / "kept", "new")
-        raise Stop
-    assert content(run) == before
-    with artifacts.changed_run(run, ["kept", "absent"]) as changed:
-        artifacts.write_text(changed / "added", "new")
-    artifacts.check_run(run, "kept", "added")
-    assert sorted(p.name for p in run.iterdir()) == ["added", "kept", "manifest.json"]
+    artifacts.write_text(folder / "a.txt", text)
+    artifacts.write_text(folder / "deep" / "b.txt", text)
+    artifacts.write_manifest(folder)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from conftest import tiny_llama, write_rows
-from lorasure import artifacts, cli, stages
+from lorasure import artifacts, cli, interrupt, stages, train_stage
 
 SECRET = "Quillfeather"
 
@@ -180,7 +180,7 @@ def test_answer_fully_truncated(base, fails, tmp_path):
     [
         (lambda m: (m / "model.safetensors").unlink(), "no weights"),
         (lambda m: (m / "config.json").unlink(), "no config.json"),
-        (lambda m: (m / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda m: (m / "config.json").write_text("{"), "config.json: not a readable JSON file"),
         (lambda m: (m / "config.json").write_text('{"model_type": "nonesuch"}'), "cannot be loaded"),
         (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 99), "cannot be loaded"),
         (lambda m: os.truncate(m / "model.safetensors", 2000), "cannot be loaded"),
@@ -206,38 +206,51 @@ def test_nan_in_a_base_weight(base, fails, tmp_path, tokenizer):
     fails(4, arguments, "layers.1.mlp.up_proj.weight", "not finite")
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), 5, "No space left on device"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (cli.Terminated(), 143, "interrupted"),
-    ],
-)
-def test_failure_in_training_leaves_nothing(base, tmp_path, capfd, monkeypatch, error, code, said):
+FAILURES = [
+    (OSError(errno.ENOSPC, "No space left on device"), 5, 5, "No space left on device"),
+    (OSError(errno.EIO, "Input/output error"), 5, 5, "Input/output error"),
+    (KeyboardInterrupt(), 130, 75, "interrupted"),
+    (interrupt.Terminated(), 143, 75, "interrupted"),
+]
+
+
+@pytest.mark.parametrize(("error", "early", "late", "said"), FAILURES)
+def test_a_failure_keeps_what_was_finished_and_nothing_else(
+    base, tmp_path, capfd, monkeypatch, error, early, late, said
+):
     def stop(*args, **options):
         raise error
 
-    monkeypatch.setattr(stages, "fit", stop)
     before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["forget", *base, "--out", str(tmp_path / "deep" / "run")]) == code
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("lorasure: ") and said in last
-    assert sorted(tmp_path.rglob("*")) == before
+    arguments = ["forget", *base, "--out", str(tmp_path / "deep" / "run")]
+    for module, name, code, kept in ((stages, "measure", early, False), (train_stage, "fit", late, True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            assert cli.main(arguments) == code
+        last = capfd.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("lorasure: ") and said in last
+        assert ("--resume continues" if kept else "Nothing was written.") in last
+        assert (sorted(tmp_path.rglob("*")) == before) is not kept
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_in_the_middle_of_training(base, tmp_path, number, code):
-    command = [sys.executable, "-m", "lorasure", "forget", *base, "--out", str(tmp_path / "run"), "--epochs", "100000"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_in_the_middle_of_training(base, tmp_path, number):
+    command = [sys.executable, "-m", "lorasure", "forget", *base, "--out", str(tmp_path / "run"), "--epochs", "1000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".run.partial-*/init.safetensors")) and time.monotonic() < deadline:
+    deadline, partial = time.monotonic() + 60, tmp_path / ".run.partial"
+    log = partial / "train.jsonl"
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert "Traceback" not in err and err.strip().splitlines()[-1] == "lorasure: interrupted; nothing was written."
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["forget.jsonl", "retain.jsonl"]
+    assert process.returncode == 75
+    last = err.strip().splitlines()[-1]
+    assert "Traceback" not in err and last.startswith("lorasure: interrupted. What was finished is kept")
+    steps = len(log.read_text().splitlines())
+    assert artifacts.differences(partial / "checkpoints" / f"step-{steps:06d}") == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".run.partial", "forget.jsonl", "retain.jsonl"]
 
 
 def test_flags_override_the_config_file_and_print_config_can_be_loaded(base, tmp_path, capsys):

@@ -23,6 +23,7 @@ from lorasure.losses.forget import FORGET_LOSSES
 FILES = {
     "config.yaml",
     "data.json",
+    "identity.json",
     "importance.safetensors",
     "init.safetensors",
     "trained.safetensors",
@@ -256,7 +257,7 @@ def test_a_stage_refuses_what_an_earlier_one_settled_and_other_files(settings):
         pipeline.train_command(run, settings())
 
 
-def test_a_damaged_adapter_fails_the_check_and_nothing_is_left(settings, tmp_path, monkeypatch):
+def test_a_damaged_adapter_fails_the_check_and_the_training_is_kept(settings, tmp_path, monkeypatch):
     save = lora.save_adapter
 
     def damaging(wrapped, *args):
@@ -269,14 +270,19 @@ def test_a_damaged_adapter_fails_the_check_and_nothing_is_left(settings, tmp_pat
 
     done = pipeline.forget(settings("done"))
     before = {p: artifacts.sha256(p) for p in tmp_path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(lora, "save_adapter", damaging)
-    with pytest.raises(NumericError, match="differs from the trained model"):
-        pipeline.forget(settings("never"))
-    with pytest.raises(NumericError, match="differs from the trained model"):
-        pipeline.export_command(done.folder, settings("done"))
-    with pytest.raises(NumericError):
-        pipeline.forget(settings("done", overwrite=True))
-    assert before == {p: artifacts.sha256(p) for p in tmp_path.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "save_adapter", damaging)
+        with pytest.raises(NumericError, match="differs from the trained model"):
+            pipeline.forget(settings("never"))
+        with pytest.raises(NumericError, match="differs from the trained model"):
+            pipeline.export_command(done.folder, settings("done"))
+        with pytest.raises(NumericError):
+            pipeline.forget(settings("done", overwrite=True))
+    assert before == {p: artifacts.sha256(p) for p in before}
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".done.partial", ".never.partial"]
+    for name in ("done", "never"):  # the training was sound, so it is not lost
+        resumed = pipeline.forget(settings(name, resume=True))
+        assert adapter_hash(resumed) == adapter_hash(done) and "train" not in resumed.summary["seconds"]
     assert not list(tmp_path.glob(".*"))
 
 

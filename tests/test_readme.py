@@ -11,7 +11,7 @@ import torch
 
 import lorasure
 from lorasure.cli import COMMANDS
-from lorasure.config import FinetuneSettings, ForgetSettings, flag
+from lorasure.config import flag
 from lorasure.init.apply import INITS
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.tokens import answers
@@ -27,7 +27,7 @@ def test_every_command_in_the_readme_exists() -> None:
 
 
 def test_every_flag_in_the_readme_exists() -> None:
-    known = {flag(f.name) for settings in (ForgetSettings, FinetuneSettings) for f in fields(settings)}
+    known = {flag(f.name) for command in COMMANDS.values() for f in fields(command.settings)}
     known |= {"--config", "--print_config", "--help", "--constraint"}
     assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known
 

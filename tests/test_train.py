@@ -14,8 +14,9 @@ from lorasure.forward import answer_records
 from lorasure.init.apply import INITS, Evidence, Request, initialise
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
+from lorasure.objective import ForgetObjective, forget_steps, learn, learn_steps, retain_penalty
 from lorasure.sites import all_sites
-from lorasure.train import ForgetObjective, fit, forget_steps, learn, learn_steps, retain_penalty
+from lorasure.train import fit
 
 RANK, ALPHA = 2, 4.0
 LAMBDA = 0.7

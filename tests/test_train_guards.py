@@ -10,8 +10,9 @@ from architectures import tiny_model
 from conftest import random_examples, tiny_llama
 from lorasure.config import OptimizerSettings
 from lorasure.errors import NumericError, ResourceError, UsageError
-from lorasure.train import SCHEDULES, fit, learn, learn_steps
-from test_train import adapted, prepared, run, settings, trained
+from lorasure.objective import learn, learn_steps
+from lorasure.train import SCHEDULES, Training, fit
+from test_train import LAMBDA, adapted, prepared, run, settings, trained
 
 # --- schedules, seeds, decay ------------------------------------------------------------------------------------------
 
@@ -149,13 +150,20 @@ def broken_run(spoil, message, error=NumericError, **options):
         records.append(record)
         states.append(trained(wrapped))
 
+    more = {"ceilings": options.pop("ceilings", None), "on_step": on_step}
     with pytest.raises(error, match=message) as caught:
-        fit(wrapped, steps, spoiled, settings(**options), token_budget=10_000, on_step=on_step)
+        fit(wrapped, steps, spoiled, settings(**options), token_budget=10_000, **more)
     assert len(records) == 1
     assert all(torch.equal(value, states[0][name]) for name, value in trained(wrapped).items())
     return caught.value
 
 
+@pytest.mark.fault(
+    "NaN or infinity in the forget loss or the retain loss only",
+    "P4",
+    "exit code 4 naming the term and the step; no weight has changed",
+    "train.py: _finite_norm does not look at losses",
+)
 @pytest.mark.parametrize("term", ["forget", "retain"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_is_named(term, value):
@@ -165,6 +173,12 @@ def test_a_loss_that_is_not_finite_is_named(term, value):
     broken_run(spoil, f"train: the {term} loss is {value} at step 2")
 
 
+@pytest.mark.fault(
+    "NaN in one gradient",
+    "P4",
+    "exit code 4 naming the parameter and the step; no weight has changed",
+    "train.py: _finite_norm does not look at gradients",
+)
 def test_a_gradient_that_is_not_finite_is_named_and_not_its_neighbours():
     """Clipping would turn one NaN into NaN everywhere and then blame the first parameter."""
     planted = []
@@ -181,6 +195,12 @@ def test_a_gradient_that_is_not_finite_is_named_and_not_its_neighbours():
     assert f"the gradient of {planted[0]} is not finite" in str(error)
 
 
+@pytest.mark.fault(
+    "NaN in a base weight after loading",
+    "P4",
+    "exit code 4 at the first step; no weight has changed",
+    "train.py: _finite_norm does not look at losses",
+)
 def test_a_base_weight_that_is_not_finite_shows_as_the_loss():
     wrapped, steps, objective = prepared()
     before = trained(wrapped)
@@ -200,15 +220,88 @@ def test_a_penalty_that_is_not_finite_is_named():
         fit(wrapped, steps, objective, settings(), token_budget=10_000, penalty=penalty)
 
 
-def test_out_of_memory_says_what_to_do():
+@pytest.mark.fault(
+    "out of memory with a single row", "P5", "exit code 5 with advice; nothing has changed", "memory.py: no limit"
+)
+def test_out_of_memory_with_a_single_row_says_what_to_do():
     def spoil(call, model, sums):
-        if call == 2:
+        if call >= 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sums
 
-    message = r"out of memory at step 2 with --tokens-per-batch 10000\. Halve it .* --gradient-checkpointing true"
+    message = r"train, step 2: out of memory with a single row of 12 tokens\. .* --gradient-checkpointing true"
     error = broken_run(spoil, message, ResourceError)
     assert error.exit_code == 5
+
+
+@pytest.mark.fault(
+    "out of memory at a step, after gradients were added",
+    "P5",
+    "the same step in smaller pieces, recorded; the same result up to rounding",
+    "train.py: no zero_grad before an attempt; memory.py: the attempt is not repeated",
+)
+@pytest.mark.parametrize("failing", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't a")])
+def test_out_of_memory_at_a_step_is_the_same_step_in_smaller_pieces(failing):
+    """It strikes in the second half of the step's only pass, after backward: gradients are there and must go."""
+    expected, records = run("npo", "kl", epochs=3)
+    wrapped, steps, objective = prepared("npo", "kl", epochs=3)
+    found, guards, widths, failures = [], [], [], []
+
+    def tight(model, units):
+        widths.append(len(units))
+        sums = objective(model, units)
+        if len(found) == 1 and len(units) > 2:
+            sum(sums.values()).backward()
+            failures.append(1)
+            raise failing
+        return sums
+
+    options = {"token_budget": 10_000, "term_weights": {"retain": LAMBDA}}
+    fit(wrapped, steps, tight, settings(), **options, on_step=found.append, on_guard=guards.append)
+    assert len(failures) >= 2 and len(guards) == len(failures) and widths[0] == len(steps[0])
+    assert all(g["guard"] == "out of memory" and g["where"] == "train, step 2" for g in guards)
+    budgets = [g["tokens_per_batch"] for g in guards]
+    assert budgets == sorted(budgets, reverse=True) and len(found) == 3
+    for a, b in zip(found, records, strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    for name, value in trained(expected).items():
+        torch.testing.assert_close(trained(wrapped)[name], value, atol=1e-5, rtol=0)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def spoil(call, model, sums):
+        if call == 2:
+            raise RuntimeError("shapes do not match")
+        return sums
+
+    broken_run(spoil, "shapes do not match", RuntimeError)
+
+
+# --- divergence -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "the retain loss jumps up", "P4", "exit code 4 naming the step", "train.py: _check_divergence without ceilings"
+)
+def test_a_retain_loss_that_rises_too_far_stops_the_run():
+    def spoil(call, model, sums):
+        return sums | ({"retain": sums["retain"] + 5 * 4.0} if call == 2 else {})
+
+    message = r"the retain loss is .* at step 2, more than 3 above the first step's; .* --max-retain-rise"
+    assert broken_run(spoil, message, ceilings={"retain": 3.0}).exit_code == 4
+    run("ihl", "nll", epochs=3)  # without the jump there is none
+
+
+@pytest.mark.fault(
+    "a gradient explodes", "P4", "exit code 4 naming the step", "train.py: _check_divergence without growth"
+)
+def test_a_gradient_that_explodes_stops_the_run():
+    def spoil(call, model, sums):
+        return sums | ({"forget": sums["forget"] * 1e7} if call == 2 else {})
+
+    assert broken_run(spoil, r"the gradient's norm is .* at step 2, .* --max-grad-growth").exit_code == 4
+    wrapped, steps, objective = prepared(epochs=3)
+    fit(wrapped, steps, objective, settings(max_grad_growth=1e6), token_budget=10_000)
 
 
 def test_out_of_memory_in_the_optimizer_is_caught_too(monkeypatch):
@@ -217,7 +310,7 @@ def test_out_of_memory_in_the_optimizer_is_caught_too(monkeypatch):
 
     wrapped, steps, objective = prepared()
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    with pytest.raises(ResourceError, match="out of memory at step 1"):
+    with pytest.raises(ResourceError, match="step 1: out of memory in the optimizer"):
         fit(wrapped, steps, objective, settings(), token_budget=10_000)
 
 
@@ -227,3 +320,37 @@ def test_training_a_model_without_an_adapter_changes_every_weight():
     steps = list(learn_steps(random_examples(4), epochs=2, batch_size=4, seed=0))
     fit(model, steps, learn, settings(), token_budget=1000)
     assert all(not torch.equal(value, before[name]) for name, value in trained(model).items())
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_checkpoint_holds_is_all_that_a_step_changes():
+    """Put into a training at another place, it gives the same tensors and numbers, and the same learning rate."""
+    wrapped, steps, objective = prepared("npo", "kl", epochs=4)
+    taken = []
+
+    class Watch:
+        def begin(self, training):
+            self.training = training
+
+        def after_step(self, training, record, stopping):
+            tensors = {name: t.clone() for name, t in training.tensors().items()}
+            taken.append((tensors, training.numbers(), training.scheduler.get_last_lr()))
+
+        def finish(self, training):
+            tensors, numbers, rates = taken[1]
+            training.restore(tensors, numbers)
+            assert training.numbers() == numbers and training.numbers()["largest"] > 0 and numbers["first"]
+            assert (
+                training.scheduler.get_last_lr() == rates == [group["lr"] for group in training.optimizer.param_groups]
+            )
+            found = training.tensors()
+            assert found.keys() == tensors.keys() and all(torch.equal(t, tensors[name]) for name, t in found.items())
+
+    fit(wrapped, steps, objective, settings(schedule="cosine"), token_budget=10_000, keeper=Watch())
+    assert len(taken) == 4 and any(name.startswith("exp_avg_sq|") for name in taken[0][0])
+    other, *_ = prepared(epochs=4)
+    with pytest.raises(KeyError):
+        training = Training.begin(other, settings(), 4, 100)
+        training.restore({}, taken[0][1])

@@ -30,37 +30,39 @@ KNOWN = ("init", "loss", "lr", "seed")
 FIXED = {"epochs": 5, "batch-size": 16}
 
 
-def records(folder: str, shared: Path, adapter: Path | None = None) -> dict:
-    """Records of all four sets under a model."""
+def records(folder: str, shared: Path, adapter: Path | None = None):
+    """Evaluation of all four sets under a model, without generation."""
     import torch
 
     from lorasure.config import ModelSettings
     from lorasure.data.readers import read_rows
-    from lorasure.evaluate.collect import choice_records
+    from lorasure.evaluate.collect import EvaluationSet, Subject, collect
+    from lorasure.evaluate.evaluation import Evaluation
     from lorasure.lora import load_adapter
     from lorasure.models import load_model, load_tokenizer
 
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-    tokenizer = load_tokenizer(folder)
     if adapter:
         model = load_adapter(model, adapter)
+    subject = Subject(model, load_tokenizer(folder), ModelSettings(model=folder), token_budget=2048)
     found = {}
     for name, (file, count) in {"forget": ("forget05_perturbed", None), **SETS}.items():
         rows = read_rows(shared / "data" / "tofu" / f"{file}.json").rows[:count]
-        found[name] = choice_records(model, tokenizer, rows, ModelSettings(model=folder), token_budget=2048)
-    return found
+        found[name] = collect(subject, EvaluationSet(name, rows))
+    return Evaluation(folder, {}, found)
 
 
-def scores(found: dict, reference: dict | None) -> dict:
-    from lorasure.evaluate.tofu import forget_scores, utility
+def scores(found, reference) -> dict:
+    from lorasure.evaluate.tofu import memorisation, quality, set_scores, utility
 
-    result = forget_scores(found["forget"], reference and reference["forget"])
-    sets = {name: found[name] for name in SETS}
-    result |= {"utility": utility(sets, "arithmetic"), "utility_geometric": utility(sets)}
+    result = set_scores(found, "forget") | memorisation(found, "forget")
+    result |= {"forget_quality": quality(found, reference)}
+    result |= {"utility": utility(found, "arithmetic", without=["rouge"])}
+    result |= {"utility_geometric": utility(found, without=["rouge"])}
     return {name: score.to_json() for name, score in result.items()}
 
 
-def run(options: dict, shared: Path, reference: dict) -> dict:
+def run(options: dict, shared: Path, reference) -> dict:
     """One `lorasure forget`, a process of its own, with its wall time and peak memory, then its scores."""
     from lorasure.artifacts import read_json
 

@@ -23,7 +23,7 @@ _HOME = {
     "SOLVERS": "init.low_rank",
     "FORGET_LOSSES": "losses.forget",
     "RETAIN_LOSSES": "losses.retain",
-    "METRICS": "evaluate.metrics",
+    "METRICS": "evaluate.table",
     "LorasureError": "errors",
 }
 

@@ -1,7 +1,6 @@
 """Files of a run: the only module that knows their formats. safetensors and JSON, written whole or not at all.
 
-A run folder is built under a hidden name beside its final place and renamed when its manifest is in it. A stage that
-adds to a finished run builds the new version of it in the same way. No pickle is written or read.
+Each file is written under a hidden name, synced and renamed. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -9,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from .errors import DataError, ResourceError, UsageError
+from .errors import DataError
 
 MANIFEST = "manifest.json"
+IDENTITY = "identity.json"
 CONFIG = "config.yaml"
 DATA = "data.json"
 IMPORTANCE = "importance.safetensors"
@@ -29,108 +30,98 @@ LOG = "train.jsonl"
 SUMMARY = "summary.json"
 ADAPTER = "adapter"
 MERGED = "merged"
+NESTING = 50  # levels of YAML: far more than any file of ours has, far fewer than make its readers fail
 
 
-def check_new(out: Path, overwrite: bool = False) -> None:
-    """Refuse an output folder that cannot be made, or that holds anything, unless the user said to replace that run.
-
-    What gets replaced is deleted, so only a folder with a manifest of ours is: never somebody's home by a slip.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: this is a file, a folder is wanted.")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError(f"--out {out}: the folder is not empty. Choose another one, or add --overwrite.")
-        if not (out / MANIFEST).is_file():
-            raise UsageError(f"--out {out}: --overwrite replaces earlier runs only, and there is no {MANIFEST} in it.")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise UsageError(f"--out {out}: {parent} is a file, a folder is wanted.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ResourceError(f"--out {out}: no permission to write in {parent}.")
+_UNFINISHED = re.compile(r"\..*\.partial-\d+")
 
 
-@contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A private folder that takes the name `out` only if the block ends without an error; else nothing is left.
-
-    A folder that it replaces stays until then.
-    """
-    check_new(out, overwrite)
-    out = out.resolve()
-    made = [p for p in out.parents if not p.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (out.parent / f".{out.name}.{what}-{os.getpid()}" for what in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(mode=0o700)
+def exists(path: Path) -> bool:
+    """Whether something of this name is there; a name that no file can have (too long, with a NUL) is not."""
     try:
-        yield partial
-        write_manifest(partial)
-        _make_private(partial)
-        _swap(partial, out, old)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # somebody else may have put something there meanwhile
-                folder.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
-@contextmanager
-def changed_run(run: Path, keep: Iterable[str]) -> Iterator[Path]:
-    """A new version of a run, starting from some of its files: takes its place whole, or the run stays as it was."""
-    with new_folder(run, overwrite=True) as partial:
-        for name in keep:
-            if (run / name).is_file():
-                _link(run / name, partial / name)
-        yield partial
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has none. Files of a run never change in place."""
+def sync(path: Path) -> None:
+    """Put a file's content, or a folder's list of names, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _swap(new: Path, out: Path, old: Path) -> None:
-    """Give `new` the name `out`; what had it is kept as `old`, and comes back if that fails."""
-    if not out.exists():
-        new.rename(out)
-        return
-    out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
+def is_unfinished(path: Path) -> bool:
+    """Whether this is, or is in, something that was being written when its process ended."""
+    return any(_UNFINISHED.fullmatch(part) for part in path.parts)
 
 
-def _make_private(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        path.chmod(0o700 if path.is_dir() else 0o600)
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing."""
+    for path in [p for p in folder.rglob(".*.partial-*") if _UNFINISHED.fullmatch(p.name)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it was in a folder that has just gone
+
+
+def _unfinished(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, synced and renamed to `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _unfinished(path)
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        partial.chmod(0o600)
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
+def sealed_folder(path: Path) -> Iterator[Path]:
+    """A folder with its own manifest, there whole or not at all. There must be none of that name."""
+    partial = _unfinished(path)
+    partial.mkdir(mode=0o700)
+    try:
+        yield partial
+        write_manifest(partial)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(path.parent)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A disk that fails inside safetensors raises its own class, with the number in the text: make that an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file, whole or not at all."""
+    with _beside(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
     """UTF-8 text, whole or not at all."""
-    with _beside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -147,15 +138,40 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds; a DataError if it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable JSON file ({type(error).__name__}).") from error
+
+
+def _too_much(text: str) -> str | None:
+    """What makes YAML larger or deeper than it looks: aliases, with which a few lines stand for millions, or nesting.
+
+    Text within it counts, because what reads settings tries to read every text as YAML again.
+    """
+    anchored, depth = False, 0
+    with suppress(yaml.YAMLError):  # text that is no YAML, or not to its end, is neither
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent) and anchored:
+                return "aliases are not read"
+            anchored = anchored or getattr(event, "anchor", None) is not None
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > NESTING:
+                return f"nested deeper than {NESTING}"
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) < len(text) and (why := _too_much(event.value)):
+                return why
+    return None
 
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds, loaded safely; a DataError if it is none."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        if why := _too_much(text):
+            raise yaml.MarkedYAMLError(problem=why)
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise DataError(f"{path}{line}: not usable YAML ({error.problem}).") from error
+    except Exception as error:  # a value that does not fit its tag fails in any way
         raise DataError(f"{path}: not a readable YAML file ({type(error).__name__}).") from error
 
 
@@ -174,14 +190,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, An
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensors, about) of a file written by `write_tensors`."""
+    """(tensors, about) of a file written by `write_tensors`.
+
+    Copies in memory of their own: products of tensors that lie in the file's own memory, not aligned, round otherwise.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["lorasure"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            about = dict(json.loads((file.metadata() or {})["lorasure"]))
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a file that this program wrote ({type(error).__name__}).") from error
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The `about` of a file written by `write_tensors`, without its tensors and without torch."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {})["lorasure"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a file that this program wrote ({type(error).__name__}).") from error
 
 
@@ -200,23 +230,56 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def write_manifest(run: Path) -> None:
-    """sha256 and size of every file of the run, and the versions that wrote it. Written last."""
-    files = sorted(p for p in run.rglob("*") if p.is_file() and p.name != MANIFEST)
-    listed = {p.relative_to(run).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files}
-    write_json(run / MANIFEST, {"files": listed, "versions": versions()})
+def write_manifest(folder: Path) -> None:
+    """sha256 and size of every file of the folder, and the versions that wrote it. Written last."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    listed = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files}
+    write_json(folder / MANIFEST, {"files": listed, "versions": versions()})
+
+
+def finish(folder: Path, name: str) -> None:
+    """List a file of an unfinished folder in its manifest: whoever resumes there need not make it again."""
+    listed = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).is_file() else {}
+    listed[name] = {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+    write_json(folder / MANIFEST, {"files": listed, "versions": versions()})
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of the files of a folder; a DataError if its manifest is not one of ours."""
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder}: not a run folder (no {MANIFEST}).")
+    manifest = read_json(folder / MANIFEST)
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(listed, dict):
+        raise DataError(f"{folder}: not a run folder (its {MANIFEST} is another program's).")
+    for name, about in listed.items():
+        if not (_is_inside(folder, name) and isinstance(about, dict) and isinstance(about.get("sha256"), str)):
+            raise DataError(f"{folder}/{MANIFEST}: the entry {name!r} is not one of ours.")
+    return {name: about["sha256"] for name, about in listed.items()}
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether this can only be a file of the folder: no absolute path, no `..`, no link that leads out of it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        return False
+    return Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
 
 
 def check_run(run: Path, *needed: str) -> None:
     """The folder is a run, and `needed` files are in it unchanged; else a DataError that says what to do."""
-    if not (run / MANIFEST).is_file():
-        raise DataError(f"{run}: not a run folder (no {MANIFEST}).")
-    manifest = read_json(run / MANIFEST)
-    listed = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(listed, dict):
-        raise DataError(f"{run}: not a run folder (its {MANIFEST} is another program's).")
+    listed = read_manifest(run)
     for name in needed:
         if name not in listed or not (run / name).is_file():
             raise DataError(f"{run}: there is no {name} yet; run the stage before this one first.")
-        if sha256(run / name) != listed[name].get("sha256"):
+        if sha256(run / name) != listed[name]:
             raise DataError(f"{run}/{name}: the file was changed after it was written (its sha256 differs).")
+
+
+def differences(folder: Path) -> list[str]:
+    """Every file that is missing, changed or not in the manifest: "NAME missing", "NAME changed", "NAME extra"."""
+    listed = read_manifest(folder)
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
+    found = dict.fromkeys(listed.keys() - there, "missing") | dict.fromkeys(there - listed.keys(), "extra")
+    found |= {name: "changed" for name in listed.keys() & there if sha256(folder / name) != listed[name]}
+    return [f"{name} {what}" for name, what in sorted(found.items())]

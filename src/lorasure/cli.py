@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import __version__, config
 from .config import Settings
-from .errors import LorasureError, ResourceError, UsageError
+from .errors import INTERRUPTED, LorasureError, ResourceError, UsageError, escaped, one_line
+from .evaluate.settings import AttackSettings, EvaluateSettings, ProbeSettings, ScoreSettings, SequenceSettings
+from .interrupt import Terminated, sigterm_unwinds
+from .report.settings import CompareSettings, ReportSettings
 
-EPILOG = "Exit codes: 0 done, 2 usage, 3 data, 4 numeric, 5 resource, 130 or 143 interrupted."
-NO_RESOURCE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM}
+EPILOG = (
+    "Exit codes: 0 done, 2 usage, 3 data, 4 numeric, 5 resource, 10 probe found nothing, "
+    "75 interrupted and resumable, 130 or 143 interrupted."
+)
 
 
 @dataclass(frozen=True)
 class Command:
     """A row of COMMANDS. `run` takes the settings and may return an exit code.
 
-    `places`: what comes before the flags and is passed first: nothing, one path ("RUN") or several ("RUN ..."). `stage`:
+    `places`: what comes before the flags and is passed first: nothing, one path ("RUN") or several. `stage`:
     that path is a run folder whose stored settings are the defaults.
     """
 
@@ -35,10 +37,6 @@ class Command:
     run: Callable[..., int | None]
     places: str = ""
     stage: bool = False
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, made to unwind like SIGINT."""
 
 
 def _forget(settings: config.ForgetSettings) -> None:
@@ -52,21 +50,21 @@ def _importance(settings: config.ForgetSettings) -> None:
     from . import pipeline
 
     run = pipeline.importance_command(settings, _reporter())
-    print(f"Run folder: {run}. Next: lorasure init {run}")
+    _say(f"Run folder: {run}. Next: lorasure init {run}")
 
 
 def _init(run: Path, settings: config.ForgetSettings) -> None:
     from . import pipeline
 
     pipeline.init_command(run, settings, _reporter())
-    print(f"Wrote {run}/init.safetensors. Next: lorasure train {run}")
+    _say(f"Wrote {run}/init.safetensors. Next: lorasure train {run}")
 
 
 def _train(run: Path, settings: config.ForgetSettings) -> None:
     from . import pipeline
 
     pipeline.train_command(run, settings, _reporter())
-    print(f"Wrote {run}/trained.safetensors. Next: lorasure export {run}")
+    _say(f"Wrote {run}/trained.safetensors. Next: lorasure export {run}")
 
 
 def _export(run: Path, settings: config.ForgetSettings) -> None:
@@ -79,13 +77,77 @@ def _export(run: Path, settings: config.ForgetSettings) -> None:
 def _finetune(settings: config.FinetuneSettings) -> None:
     from . import finetune
 
-    print(f"Model: {finetune.finetune(settings, _reporter())}")
+    _say(f"Model: {finetune.finetune(settings, _reporter())}")
 
 
 def _demo(settings: config.DemoSettings) -> None:
     from . import demo
 
     demo.demo(settings, _reporter())
+
+
+def _evaluate(settings: Any) -> None:
+    from . import evaluating, show
+
+    show.scores(evaluating.evaluate_model(settings, _reporter()), settings.out, settings.json)
+
+
+def _score(path: Path, settings: Any) -> None:
+    from . import evaluating, show
+
+    show.scores(evaluating.score_folder(path, settings), str(path), settings.json)
+
+
+def _verify(run: Path, settings: Settings) -> None:
+    from . import folders
+
+    folders.verify(run)
+    _say(f"{run}: every file is as it was written.")
+
+
+def _purge(run: Path, settings: Settings) -> None:
+    from . import purge
+
+    removed = purge.purge(run)
+    _say(f"{run}: removed {', '.join(removed)}." if removed else f"{run}: nothing to remove.")
+
+
+def _say(line: str) -> None:
+    print(escaped(line))
+
+
+def _probe(settings: ProbeSettings) -> int:
+    from . import probe, show
+
+    scores = probe.probe(settings, _reporter())
+    show.probe(scores, settings.text, settings.json)
+    return probe.NOTHING_FOUND if scores["verdict"].value == 0 else 0
+
+
+def _sequence(places: list[Path], settings: SequenceSettings) -> None:
+    from . import sequential, show
+
+    show.steps(sequential.sequence(places, settings, _reporter()), settings.out, settings.json)
+
+
+def _attack(run: Path, settings: AttackSettings) -> int:
+    from . import attacking, show
+
+    about, lines = attacking.attack(run, settings, _reporter())
+    show.attacks(about, lines, settings.json)
+    return 0 if all(rule["passed"] for rule in about["gate"]) else attacking.GATE_FAILED
+
+
+def _report(places: list[Path], settings: ReportSettings) -> None:
+    from .report import page
+
+    _say(f"Wrote {page.report(places, settings)}")
+
+
+def _compare(places: list[Path], settings: CompareSettings) -> None:
+    from .report import compare
+
+    compare.compare_runs(places, settings)
 
 
 def _reporter() -> Any:
@@ -103,6 +165,21 @@ COMMANDS: dict[str, Command] = {
     "train": Command("stage 3: train the adapter to forget", config.ForgetSettings, _train, "RUN", stage=True),
     "export": Command("stage 4: check and write the adapter", config.ForgetSettings, _export, "RUN", stage=True),
     "finetune": Command("make a target or a retrained reference from rows", config.FinetuneSettings, _finetune),
+    "probe": Command("before anything is forgotten: does the model know the text?", ProbeSettings, _probe),
+    "evaluate": Command("measure a model on a suite: records, then scores", EvaluateSettings, _evaluate),
+    "score": Command(
+        "scores from records or from another program's log, without a model", ScoreSettings, _score, "DIR"
+    ),
+    "sequence": Command(
+        "apply requests one after another, measure all after each", SequenceSettings, _sequence, "REQUEST ..."
+    ),
+    "verify": Command("every file of a run or evaluation against its manifest", Settings, _verify, "RUN"),
+    "purge": Command(
+        "remove what holds text of the rows, or hashes of it; adapter and scores stay", Settings, _purge, "RUN"
+    ),
+    "attack": Command("try to bring back what a run made the model forget", AttackSettings, _attack, "RUN"),
+    "report": Command("one HTML file with all that is known of one run or several", ReportSettings, _report, "RUN ..."),
+    "compare": Command("runs side by side: a table, Markdown, LaTeX or JSON", CompareSettings, _compare, "RUN ..."),
     "demo": Command("all of it on data and a model it makes itself", config.DemoSettings, _demo),
 }
 
@@ -117,40 +194,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lorasure {__version__}")
         return 0
     try:
-        with _sigterm_unwinds():
+        with sigterm_unwinds():
             return _dispatch(given[0], given[1:])
     except LorasureError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(_with_notes(str(error), error), error.exit_code)
     except OSError as error:
-        if error.errno not in NO_RESOURCE:
+        if error.errno is None:  # not from the system but from a library: a mistake of ours
             raise
         where = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or type(error).__name__}{where}. Nothing was written.", ResourceError.exit_code)
+        message = f"{error.strerror or type(error).__name__}{where}."
+        return _fail(_with_notes(message, error, "Nothing was written."), ResourceError.exit_code)
     except KeyboardInterrupt as error:
         code = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        return _fail("interrupted; nothing was written.", 128 + code)
+        resumable = hasattr(error, "__notes__")
+        message = _with_notes("interrupted.", error, "Nothing was written.")
+        return _fail(message, INTERRUPTED if resumable else 128 + code)
+
+
+def _with_notes(message: str, error: BaseException, otherwise: str = "") -> str:
+    """The message, then what was kept of the run: see `folders.resumable_folder`."""
+    return " ".join([message, *getattr(error, "__notes__", [otherwise])])
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"lorasure: {' '.join(message.split())}", file=sys.stderr)
+    print(f"lorasure: {one_line(message)}", file=sys.stderr)
     return code
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated, so that everything is cleaned up as after Ctrl-C."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(name: str, rest: list[str]) -> int:

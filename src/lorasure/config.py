@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # a name that is not UTF-8 arrives with surrogates in it
 
 
 def option(
@@ -45,6 +48,8 @@ class Settings:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
+            if isinstance(value, str) and UNWRITABLE.search(value):
+                raise UsageError(f"{flag(f.name)} holds a NUL or a byte that is not UTF-8, which no file can record.")
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             low, above, high = meta.get("low"), meta.get("above"), meta.get("high")
@@ -87,6 +92,7 @@ class ModelSettings(Settings):
 
     model: str = required("the base model: a folder or a hub id; its files are never changed")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
+    allow_pickle: bool = option(False, "read the tensors of pickled weights (*.bin) where there are no safetensors")
     dtype: str = option("auto", "float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the accelerator if there is one")
     template: str = option(
@@ -174,6 +180,12 @@ class OptimizerSettings(Settings):
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    max_grad_growth: float = option(
+        1000.0, "stop when the gradient's norm is this many times the largest of all steps before", above=1
+    )
+    checkpoint_every: int | None = option(
+        None, "steps between checkpoints; 0: only when interrupted (default: a minute, at most 2 % of the time)", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +197,15 @@ class TrainSettings(OptimizerSettings):
     lambda_: float = option(1.0, "weight of the retain loss", low=0)
     beta: float | None = option(None, "beta of npo, simnpo, dpo, catnip (default: the loss's own)", above=0)
     delta: float | None = option(None, "margin of simnpo in nats per token (default: the loss's own)")
+    max_retain_rise: float | None = option(
+        None, "stop when the retain loss has risen by this (default: ln(vocabulary), from certain to guessing)", above=0
+    )
+    min_utility: float | None = option(
+        None,
+        "share of the retain probability to keep: measure it after every epoch, hand over the last state that keeps it",
+        above=0,
+        high=1,
+    )
     pairing: str = option("random", "which retain row meets a forget row: random, cyclic or modular (same group)")
 
 
@@ -202,6 +223,11 @@ class OutSettings(Settings):
 
     out: str = required("the run folder to make")
     overwrite: bool = option(False, "replace the earlier run in --out, once the new one is complete")
+    resume: bool = option(False, "continue what was interrupted, with the same settings, data and model")
+    allow_change: str = option("", "with --resume: comma-separated names that may differ now; recorded in the run")
+
+
+PER_CALL = {"overwrite", "resume", "allow_change", "checkpoint_every"}  # say how to run, not what: never stored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from . import artifacts, lora
+from . import artifacts, folders, lora
 from .config import DemoSettings, FinetuneSettings, ForgetSettings, ModelSettings
 from .data.examples import Row
 from .data.fictional import countries, people, person_rows, split, world_rows
 from .data.readers import read_rows
-from .evaluate.collect import ChoiceRecords, choice_records, greedy_answers
+from .evaluate.collect import EvaluationSet, Generation, Subject, collect, generate, items
+from .evaluate.evaluation import Evaluation
 from .evaluate.metrics import Score
-from .evaluate.tofu import forget_scores, utility
+from .evaluate.tofu import memorisation, quality, set_scores, utility
 from .finetune import finetune
 from .models import load_model, load_tokenizer
 from .pipeline import forget
@@ -34,6 +35,7 @@ END = "<|end|>"
 LEARN = {"lr": 2e-3, "epochs": 40, "batch_size": 16, "schedule": "cosine", "warmup": 0.05, "max_length": 128}
 FORGET = {"lr": 1.5e-3, "epochs": 8, "batch_size": 8, "max_length": 128}
 SHOWN_ANSWERS = 3
+KEPT = {"retain": "retain", "world_facts": "world"}  # set -> file
 BUDGET = 1024  # padded tokens per pass
 
 
@@ -44,7 +46,7 @@ def demo(settings: DemoSettings, reporter: Reporter | None = None) -> dict[str, 
     """
     reporter = reporter or Reporter(quiet=True)
     out = Path(settings.out)
-    with artifacts.new_folder(out, settings.overwrite) as folder:
+    with folders.new_folder(out, settings.overwrite) as folder:
         make_data(folder, settings.seed)
         make_model(folder / "start", folder, settings.seed)
     for name, data in (("target", "all"), ("retrained", "kept")):
@@ -111,8 +113,7 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 class Seen:
     """One model's records on the three sets, and its own answers to a few forget questions."""
 
-    forget: ChoiceRecords
-    kept: dict[str, ChoiceRecords]
+    evaluation: Evaluation
     questions: list[Row]
     answers: list[str]
 
@@ -120,21 +121,21 @@ class Seen:
 def _examine(folder: Path, name: str) -> Seen:
     source = folder / ("target" if name == "forgotten" else name)
     model: Any = load_model(str(source), dtype=torch.float32, device=torch.device("cpu"))
-    tokenizer: PreTrainedTokenizerBase = load_tokenizer(str(source))
     if name == "forgotten":
         model = lora.load_adapter(model, folder / "run" / artifacts.ADAPTER)
-    settings = ModelSettings(model=str(source))
-    sets = {part: read_rows(folder / f"{part}.jsonl").rows for part in ("forget", "retain", "world")}
-    records = {
-        part: choice_records(model, tokenizer, rows, settings, token_budget=BUDGET) for part, rows in sets.items()
-    }
+    subject = Subject(model, load_tokenizer(str(source)), ModelSettings(model=str(source)), BUDGET)
+    files = {"forget": "forget", **KEPT}
+    sets = {part: read_rows(folder / f"{file}.jsonl").rows for part, file in files.items()}
+    records = {part: collect(subject, EvaluationSet(part, rows)) for part, rows in sets.items()}
     questions = list(sets["forget"][:: len(sets["forget"]) // SHOWN_ANSWERS][:SHOWN_ANSWERS])
-    answers = greedy_answers(model, tokenizer, questions, settings)
-    return Seen(records.pop("forget"), records, questions, answers)
+    answers = generate(subject, [item.prompt for item in items(subject, questions)], Generation(64))
+    return Seen(Evaluation(name, {}, records), questions, [text for text, _ in answers])
 
 
 def _scores(seen: Seen, retrained: Seen) -> dict[str, Score]:
-    return forget_scores(seen.forget, retrained.forget) | {"utility": utility(seen.kept)}
+    found = set_scores(seen.evaluation, "forget") | memorisation(seen.evaluation, "forget")
+    found["forget_quality"] = quality(seen.evaluation, retrained.evaluation)
+    return found | {"utility": utility(seen.evaluation, kept=list(KEPT), without=["rouge"])}
 
 
 def _print(compared: dict[str, Seen], scores: dict[str, dict[str, Score]], out: Path) -> None:

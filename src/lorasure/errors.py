@@ -3,6 +3,8 @@
 Messages name the input (file, row or flag), the value and the choices, in one line, and never quote forget text.
 """
 
+INTERRUPTED = 75  # exit code of a command that a signal stopped and that --resume continues
+
 
 class LorasureError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line returns."""
@@ -32,3 +34,23 @@ class ResourceError(LorasureError):
     """Not enough memory, disk or permission."""
 
     exit_code = 5
+
+
+SHOWN = 2000  # characters of a message: enough for every one of ours, too few for a file that got into one
+
+
+def escaped(text: str) -> str:
+    """Text with every control character, line break, surrogate and mark of writing direction as a backslash escape.
+
+    Names of files, columns and settings come from elsewhere. Left as they are, they could move the cursor, repaint what
+    is above, run from right to left, or look like a message of ours.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(message: str) -> str:
+    """A message on one line, escaped, and cut in the middle if endless."""
+    line = " ".join(message.split())
+    if len(line) > SHOWN:
+        line = f"{line[: SHOWN // 2]} [...] {line[-SHOWN // 2 :]}"
+    return escaped(line)

@@ -5,24 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import artifacts, lora
-from .config import FinetuneSettings
+from . import artifacts, folders, lora
+from .checkpoint import Keeper, remove_checkpoints
+from .config import PER_CALL, FinetuneSettings
 from .data.load import load_data
 from .init.apply import INITS, Evidence, Request, initialise
-from .models import load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .objective import learn, learn_steps
 from .progress import Reporter
 from .registry import lookup
 from .sites import find_sites
-from .stages import logged_fit
-from .train import SCHEDULES, learn, learn_steps
-from .workbench import check_template
+from .train import SCHEDULES
+from .train_stage import logged_fit
+from .workbench import allowed_changes, check_template, identity
 
 
 def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Path:
     """Learn the rows, with all weights or with LoRA, and save a whole model, its tokenizer and the account in `out`."""
     reporter = reporter or Reporter(quiet=True)
     out = Path(settings.out)
-    artifacts.check_new(out, settings.overwrite)
+    folders.check_new(out, settings.overwrite, settings.resume)
     lookup(SCHEDULES, settings.schedule, "--schedule")
     check_template(settings.template)
     device = pick_device(settings.device)
@@ -30,32 +32,40 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     whole = settings.rank is None and settings.dtype == "auto"
     dtype = pick_dtype("float32" if whole else settings.dtype, device)
     with reporter.held():
-        tokenizer = load_tokenizer(settings.model, settings.revision)
+        tokenizer = load_tokenizer(settings.model, settings.revision, allow_pickle=settings.allow_pickle)
         with reporter.stage("read data"):
             data = load_data(settings.data, settings, tokenizer)
         for line in data.notes("data"):
             reporter.note(line)
         with reporter.stage("load model"):
-            model = load_model(settings.model, dtype=dtype, device=device, revision=settings.revision)
-            trained = _trainable(model, settings)
+            options = {"revision": settings.revision, "allow_pickle": settings.allow_pickle}
+            model = load_model(settings.model, dtype=dtype, device=device, **options)
+            trained = trainable(model, settings.rank, settings.alpha, settings.seed)
     steps = list(learn_steps(data.examples, epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed))
     budget = pick_token_budget(settings.tokens_per_batch, device)
-    with artifacts.new_folder(out, settings.overwrite) as folder:
-        artifacts.write_yaml(folder / artifacts.CONFIG, settings.located())
-        artifacts.write_json(folder / artifacts.DATA, {"data": data.about()})
-        logged_fit(folder, reporter, trained, steps, learn, settings, token_budget=budget)
+    about = data.about()
+    own = identity(settings, {"data": about["sha256"]}, fingerprint(model, settings.model)["files"])
+    options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
+    with folders.resumable_folder(out, own, allow_change=allowed_changes(settings), **options) as folder:
+        kept = {name: value for name, value in settings.located().items() if name not in PER_CALL}
+        artifacts.write_yaml(folder / artifacts.CONFIG, kept)
+        artifacts.write_json(folder / artifacts.DATA, {"data": about})
+        keeper = Keeper(folder, settings.checkpoint_every, reporter.note)
+        note = lambda guard: reporter.note(str(guard))  # noqa: E731
+        logged_fit(keeper, reporter, trained, steps, learn, settings, token_budget=budget, on_guard=note)
         with reporter.stage("save"):
             saved = lora.merge(trained) if settings.rank else trained
             saved.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        remove_checkpoints(folder)
     return out
 
 
-def _trainable(model: Any, settings: FinetuneSettings) -> Any:
-    """All weights, or the model with a plain LoRA adapter of --rank."""
-    if settings.rank is None:
+def trainable(model: Any, rank: int | None, alpha: float, seed: int) -> Any:
+    """The model ready to be trained: all its weights, or with a plain LoRA adapter of rank `rank`."""
+    if rank is None:
         return model.requires_grad_(True)
     sites = find_sites(model)
-    request = Request(settings.rank, settings.alpha / settings.rank, seed=settings.seed)
+    request = Request(rank, alpha / rank, seed=seed)
     factors, _ = initialise(model, sites, INITS["lora"], lambda _: Evidence(), request, None)
-    return lora.attach(model, factors, settings.rank, settings.alpha, compensate=False)
+    return lora.attach(model, factors, rank, alpha, compensate=False)

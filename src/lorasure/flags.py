@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
+from .artifacts import exists, read_yaml
 from .config import Settings, flag
-from .errors import UsageError
+from .errors import DataError, UsageError
 
 WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -25,6 +28,9 @@ def parse(
     epilog: str = "",
 ) -> Any:
     """Settings from flags, then the YAML of --config, then `stored`, then the defaults of the settings."""
+    if stored is not None and not isinstance(stored, Mapping):
+        raise DataError(f"lorasure {command}: the settings stored in the run must be names and values.")
+    _check_configs(arguments)
     parser = _parser(command, title, settings, stored or {}, epilog)
     try:
         values = parser.parse_args(list(arguments)).as_dict()
@@ -32,6 +38,21 @@ def parse(
         raise UsageError(_in_our_words(" ".join(str(error).split()), settings)) from error
     values.pop("config", None)
     return settings.from_dict(values)
+
+
+def _check_configs(arguments: Sequence[str]) -> None:
+    """Read every file of --config with our own reader first, which refuses what jsonargparse would stumble over."""
+    apart = [name for word, name in itertools.pairwise(arguments) if word == "--config"]
+    joined = [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
+    for name in apart + joined:
+        if not (exists(Path(name)) and Path(name).is_file()):
+            raise UsageError(f"--config {name}: there is no such file.")
+        try:
+            content = read_yaml(Path(name))
+        except DataError as error:
+            raise UsageError(f"--config is not valid YAML: {error}") from error
+        if isinstance(content, Mapping) and "config" in content:  # jsonargparse would read that file, unchecked
+            raise UsageError(f"--config {name}: a settings file cannot name another one (config).")
 
 
 def _parser(command: str, title: str, settings: type[Settings], stored: Mapping[str, Any], epilog: str) -> Any:
@@ -45,7 +66,9 @@ def _parser(command: str, title: str, settings: type[Settings], stored: Mapping[
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below, by their names")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below, by their names"
+    )
     types = typing.get_type_hints(settings)
     for heading, members in _groups(settings).items():
         group = parser.add_argument_group(heading)

@@ -25,6 +25,7 @@ from .init.spectral import product_singular
 from .sites import Site
 
 ADAPTER_NAME = "default"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 Start = Mapping[Site, Factors]
 
 
@@ -57,23 +58,52 @@ def attach(model: PreTrainedModel, start: Start, rank: int, alpha: float, *, com
     trainable factors require a gradient; they are float32 whatever the base's dtype.
     """
     total = 2 * rank if compensate else rank
+    wrapped = get_peft_model(model, _config(model, start, total, alpha * total / rank))
     groups = _grouped(start)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=total,
-        lora_alpha=_plain(alpha * total / rank),
-        lora_dropout=0.0,
-        target_modules=_module_names(model, [m for m, p in groups if p is None]),
-        target_parameters=[f"{m}.{p}" for m, p in groups if p is not None] or None,
-        fan_in_fan_out=any(s.transposed and s.parameter is None for s in start),
-    )
-    wrapped = get_peft_model(model, config)
     for (module, parameter), experts in groups.items():
         lora_a, lora_b = _layers(wrapped, module, parameter)
         a, b = _stacked(experts, wrapped.get_base_model(), module)
         _place(lora_a, a.to(lora_a.weight.device), a if compensate else None)
         _place(lora_b, b.to(lora_b.weight.device), -b if compensate else None)
     return wrapped
+
+
+def _config(model: PreTrainedModel, sites: Iterable[Site], rank: int, alpha: float) -> LoraConfig:
+    """What makes peft put an adapter on these sites and on nothing else."""
+    modules = list(dict.fromkeys(s.module for s in sites if s.parameter is None))
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=_plain(alpha),
+        lora_dropout=0.0,
+        target_modules=_module_names(model, modules),
+        target_parameters=list(dict.fromkeys(f"{s.module}.{s.parameter}" for s in sites if s.parameter)) or None,
+        fan_in_fan_out=any(s.transposed and s.parameter is None for s in sites),
+    )
+
+
+def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
+    """Raise a UsageError unless peft puts an adapter on exactly these sites. Allocates nothing, leaves no trace.
+
+    In mixtures peft gives names of linear layers another meaning, that of experts in models of older versions.
+    """
+    try:
+        wrapped = get_peft_model(model, _config(model, sites, 1, 1.0), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise UsageError(f"--targets: peft cannot adapt these layers: {str(error).splitlines()[0]}") from error
+    adapted = {
+        (name.removesuffix(".base_layer"), getattr(layer, "parameter_name", None))
+        for name, layer in wrapped.get_base_model().named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    wrapped.unload()
+    left_out = [s.module for s in sites if (s.module, s.parameter) not in adapted]
+    if left_out:
+        ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in left_out)
+        raise UsageError(
+            f"Layer '{left_out[0]}' cannot get an adapter: in {model.config.model_type} models, peft takes its name for "
+            f"that of experts. Leave it out with --exclude {','.join(ends)}."
+        )
 
 
 def _grouped(start: Start) -> dict[tuple[str, str | None], dict[int | None, Factors]]:
@@ -225,6 +255,15 @@ def save_adapter(wrapped: PeftModel, folder: Path, base: str, revision: str | No
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """An adapter as any user would load it: nothing of ours is involved."""
     return PeftModel.from_pretrained(model, folder)
+
+
+def scaled(wrapped: PeftModel, factor: float) -> PeftModel:
+    """Multiply what the adapter adds to the base by `factor`, in place: 0 is the base, 1 changes nothing."""
+    module: Any
+    for module in wrapped.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling[ADAPTER_NAME] *= factor
+    return wrapped
 
 
 def merge(wrapped: PeftModel) -> PreTrainedModel:

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from .artifacts import sha256
-from .errors import DataError, NumericError, ResourceError, UsageError
+from .errors import DataError, LorasureError, NumericError, ResourceError, UsageError
+from .model_files import commit, locate, weight_files
 from .registry import lookup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_FILES = ("*.safetensors", "*.bin")
+SAME = 0.02  # of the largest logit: above the rounding of any dtype, below what a visible token changes
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -45,37 +46,33 @@ def pick_token_budget(tokens: int | None, device: torch.device) -> int:
     return tokens or (1024 if device.type == "cpu" else 8192)
 
 
-def check_model_folder(model: str) -> None:
-    """A local folder must hold a configuration and weights; anything else is taken for a hub id."""
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise DataError(f"--model {model}: there is no such folder (a hub id has the form owner/name).")
-        return
-    if not (folder / "config.json").is_file():
-        raise DataError(f"--model {model}: the folder holds no config.json.")
-    if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-        raise DataError(f"--model {model}: the folder holds no weights (looked for {', '.join(WEIGHT_FILES)}).")
+def load_tokenizer(model: str, revision: str | None = None, *, allow_pickle: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Code that comes with a model is never run."""
+    return _load(AutoTokenizer.from_pretrained, model, revision, allow_pickle)
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Code from the hub is never run."""
-    check_model_folder(model)
-    return _load(AutoTokenizer.from_pretrained, model, revision=revision)
+def load_model(
+    model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, allow_pickle: bool = False
+) -> PreTrainedModel:
+    """The frozen base model in evaluation mode on `device`. Its files are only ever read.
 
-
-def load_model(model: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:
-    """The frozen base model in evaluation mode on `device`. Its files are only ever read."""
-    check_model_folder(model)
+    `allow_pickle`: from a model without safetensors, read the tensors (and nothing else) of its pickle.
+    """
     transformers_logging.disable_progress_bar()
-    loaded = _load(AutoModelForCausalLM.from_pretrained, model, revision=revision, dtype=dtype)
+    transformers_logging.set_verbosity_error()  # warnings about weights would print names that the file chose
+    options = {"dtype": dtype, "weights_only": True, "output_loading_info": True}
+    loaded, info = _load(AutoModelForCausalLM.from_pretrained, model, revision, allow_pickle, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise DataError(f"--model {model}: {len(missing)} weights are not in its files, the first is {missing[0]}.")
     check_finite(loaded, model)
     try:
         loaded = loaded.to(device)
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"--model {model} does not fit in the memory of {device} as {dtype}.") from error
     loaded.config.use_cache = False
-    return loaded.eval().requires_grad_(False)
+    loaded = loaded.eval().requires_grad_(False)
+    check_causal(loaded, model)
+    return loaded
 
 
 def check_finite(model: torch.nn.Module, source: str) -> None:
@@ -85,24 +82,55 @@ def check_finite(model: torch.nn.Module, source: str) -> None:
             raise NumericError(f"--model {source}: the weight {name} holds values that are not finite.")
 
 
-def _load(loader: Callable[..., Any], model: str, **options: Any) -> Any:
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, source: str) -> None:
+    """Raise a DataError unless a plain pass gives logits that do not depend on later tokens.
+
+    One pass over two rows that differ in their last token only.
+    """
+    name = f"--model {source}: {type(model).__name__} is not supported"
+    if model.get_output_embeddings() is None:
+        raise DataError(f"{name}: it has no projection to a vocabulary.")
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
     try:
-        return loader(model, trust_remote_code=False, **options)
+        one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"--model {source} does not fit in the memory of {model.device}.") from error
+    except Exception as error:  # whatever the model's own code may meet
+        text = f"it cannot be run on tokens alone in {model.dtype} on {model.device}"
+        raise DataError(f"{name}: {text}: {_reason(error)}") from error
+    if (one - other).abs().max() > SAME * one.abs().max():
+        raise DataError(f"{name}: it sees the tokens that it should predict, so it is no causal language model.")
+
+
+def _load(loader: Callable[..., Any], model: str, revision: str | None, allow_pickle: bool, **options: Any) -> Any:
+    try:
+        return loader(str(locate(model, revision, allow_pickle)), trust_remote_code=False, **options)
+    except LorasureError:
+        raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(f"--model {model} does not fit in memory.") from error
     except Exception as error:  # many libraries below can fail here, each with its own class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"--model {model} cannot be loaded: {reason}") from error
+        raise DataError(f"--model {model} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's message, save where that advises what would be unsafe."""
+    text = str(error).strip() or type(error).__name__
+    if "trust_remote_code" in text:
+        return "it needs code of its own, and code that comes with a model is never run."
+    if type(error).__name__ == "UnpicklingError":
+        return "its pickle holds something other than tensors, and nothing else is read."
+    return text.splitlines()[0]
 
 
 def fingerprint(model: PreTrainedModel, source: str) -> dict[str, Any]:
-    """What identifies the base: its name, hub commit if known, and the sha256 of a local folder's weight files."""
-    folder = Path(source)
-    files = sorted(p for pattern in WEIGHT_FILES for p in folder.glob(pattern)) if folder.is_dir() else []
+    """What identifies the base: its name, hub commit if known, and the sha256 of the weight files it came from."""
+    folder = Path(model.name_or_path or source)
     return {
         "source": source,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": commit(folder),
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
-        "files": {p.name: sha256(p) for p in files},
+        "files": {p.name: sha256(p) for p in weight_files(folder, allow_pickle=True)},
     }

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import artifacts, lora
-from .config import ExportSettings, ForgetSettings, ImportanceSettings, InitSettings, Settings, TrainSettings, flag
+from . import artifacts, folders, lora
+from .config import (
+    PER_CALL,
+    ExportSettings,
+    ForgetSettings,
+    ImportanceSettings,
+    InitSettings,
+    Settings,
+    TrainSettings,
+    flag,
+)
 from .errors import DataError, UsageError
 from .progress import Reporter
 from .stages import (
     Start,
-    attach_start,
     export,
     load_importance,
     make_start,
     measure_importance,
-    train_adapter,
     update_summary,
 )
-from .workbench import Workbench
+from .train_stage import attach_start, train_adapter
+from .workbench import Workbench, allowed_changes, identity
 
-ANY_TIME = {"device", "tokens_per_batch"}  # settings that no result depends on
+ANY_TIME = PER_CALL | {"device", "tokens_per_batch"}  # settings that no result depends on
+SETTLED = {  # by these files
+    artifacts.IMPORTANCE: (ImportanceSettings,),
+    artifacts.START: (ImportanceSettings, InitSettings),
+    artifacts.TRAINED: (ImportanceSettings, InitSettings, TrainSettings),
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +56,19 @@ class Result:
 def forget(settings: ForgetSettings, reporter: Reporter | None = None) -> Result:
     """The main command: from a model and two files to a checked adapter in `settings.out`.
 
-    Nothing is left behind when it fails: UsageError, DataError, NumericError, ResourceError (see errors.py).
+    Raises UsageError, DataError, NumericError, ResourceError (see errors.py). What was finished before an error or an
+    interruption is kept beside `out`, for `resume`.
     """
     with _new_run(settings, reporter) as (bench, run):
-        start = make_start(bench, run, measure_importance(bench, run))
-        summary = export(bench, run, start, train_adapter(bench, run, start))
+        measured = _finished(bench, run, artifacts.IMPORTANCE)
+        if (measured or not bench.measures_importance) and _finished(bench, run, artifacts.START):
+            start = Start.load(run / artifacts.START, bench.sites)
+        else:
+            importance = load_importance(bench, run) if measured else measure_importance(bench, run)
+            start = make_start(bench, run, importance)
+        trained = _finished(bench, run, artifacts.LOG) and _finished(bench, run, artifacts.TRAINED)
+        wrapped = _trained(bench, run, start) if trained else train_adapter(bench, run, start)
+        summary = export(bench, run, start, wrapped)
     return Result(Path(settings.out), summary)
 
 
@@ -64,7 +85,7 @@ def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None 
     importance = None
     if bench.measures_importance:
         importance = load_importance(bench, run)
-    with artifacts.changed_run(run, [artifacts.IMPORTANCE]) as changed:
+    with folders.changed_run(run, [artifacts.IMPORTANCE], settings.overwrite) as changed:
         _write_inputs(bench, changed)
         make_start(bench, changed, importance)
     return run
@@ -74,8 +95,7 @@ def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None
     """Stage 3 on an existing run, from its init.safetensors. Later stages' files go."""
     artifacts.check_run(run, artifacts.START)
     bench = _reopen(run, settings, reporter, TrainSettings, ExportSettings)
-    with artifacts.changed_run(run, [artifacts.IMPORTANCE, artifacts.START]) as changed:
-        _write_inputs(bench, changed)
+    with _resumable(bench, run, carry=[artifacts.IMPORTANCE, artifacts.START]) as changed:
         train_adapter(bench, changed, Start.load(changed / artifacts.START, bench.sites))
     return run
 
@@ -87,7 +107,7 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
     start = Start.load(run / artifacts.START, bench.sites)
     before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
-    with artifacts.changed_run(run, kept) as changed:
+    with folders.changed_run(run, kept, settings.overwrite) as changed:
         _write_inputs(bench, changed)
         update_summary(changed, {"before": before})
         summary = export(bench, changed, start, _trained(bench, run, start))
@@ -105,12 +125,53 @@ def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
 def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tuple[Workbench, Path]]:
     """A checked workbench and the folder of a new run. What is wrong with the input shows before a folder exists."""
     out = Path(settings.out)
-    artifacts.check_new(out, settings.overwrite)
+    folders.check_new(out, settings.overwrite, settings.resume)
     bench = Workbench(settings, reporter)
     bench.prepare()
-    with artifacts.new_folder(out, settings.overwrite) as run:
-        _write_inputs(bench, run)
+    with _resumable(bench, out) as run:
         yield bench, run
+
+
+@contextmanager
+def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterator[Path]:
+    """The folder of a run, new or interrupted; `carry`: files that a new version of the run at `out` starts from."""
+    s = bench.settings
+    rows = {name: part.about()["sha256"] for name, part in zip(("forget", "retain"), bench.data, strict=True)}
+    allowed = allowed_changes(s)
+    _check_unsettled(folders.partial_of(out), allowed)
+    with folders.resumable_folder(
+        out,
+        identity(s, rows, bench.fingerprint["files"]),
+        resume=s.resume,
+        overwrite=s.overwrite,
+        carry=carry,
+        allow_change=allowed,
+        note=bench.reporter.note,
+    ) as run:
+        _write_inputs(bench, run)
+        yield run
+
+
+def _check_unsettled(partial: Path, allowed: Sequence[str]) -> None:
+    """What a finished stage was made with cannot change any more: it would be ignored, or not fit."""
+    for name, stages in SETTLED.items():
+        settled = {f.name.rstrip("_") for stage in stages for f in fields(stage)} - ANY_TIME
+        if (partial / name).is_file() and (late := [key for key in allowed if key in settled]):
+            raise UsageError(
+                f"--allow-change {late[0]}: settled by {name}, which is finished; start anew to change it."
+            )
+
+
+def _finished(bench: Workbench, run: Path, name: str) -> bool:
+    """Whether an earlier attempt has made this file; one that is damaged is made again."""
+    if not (run / artifacts.MANIFEST).is_file() or name not in artifacts.read_manifest(run):
+        return False
+    try:
+        artifacts.check_run(run, name)
+    except DataError as error:
+        bench.reporter.note(f"{error} It is made again.")
+        return False
+    return True
 
 
 def _reopen(run: Path, settings: ForgetSettings, reporter: Reporter | None, *stages: type[Settings]) -> Workbench:
@@ -132,9 +193,14 @@ def _reopen(run: Path, settings: ForgetSettings, reporter: Reporter | None, *sta
 
 
 def _write_inputs(bench: Workbench, run: Path) -> None:
-    settings = bench.settings.located()
+    settings = {name: value for name, value in bench.settings.located().items() if name not in PER_CALL}
+    bench.run = run
     artifacts.write_yaml(run / artifacts.CONFIG, settings)
     artifacts.write_json(
         run / artifacts.DATA, dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
     )
-    update_summary(run, {"base": bench.fingerprint, "settings": settings})
+    path = run / artifacts.SUMMARY
+    guards = artifacts.read_json(path).get("guards", []) if path.is_file() else []
+    changed = artifacts.read_json(run / artifacts.IDENTITY)["changed"] if (run / artifacts.IDENTITY).is_file() else []
+    inputs = {"base": bench.fingerprint, "settings": settings, "guards": guards, "changed": changed}
+    update_summary(run, inputs)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from .errors import escaped
+
 
 class RateColumn(ProgressColumn):
     """Rows or steps per second."""
@@ -52,9 +54,9 @@ class Reporter:
         self.note(f"{name:<12} {amount}")
 
     def note(self, text: str) -> None:
-        """One line that stays. Markup in it is not interpreted."""
+        """One line that stays. Neither markup nor control characters in it are interpreted."""
         if self.waiting is None:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(escaped(text), markup=False, emoji=False, soft_wrap=True)
         else:
             self.waiting.append(text)
 

@@ -90,7 +90,8 @@ def attacks(about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], as_jso
     if as_json:
         named = {_name(line, key): score for line in lines for key, score in line["scores"].items()}
         print(json.dumps(named, indent=2, allow_nan=False))
-        Console(stderr=True, highlight=False).print(*gate, sep="\n", markup=False, soft_wrap=True)
+        for text in gate:
+            Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
         return
     console = Console(highlight=False)
     names = list(dict.fromkeys(key for line in lines for key in line["scores"]))

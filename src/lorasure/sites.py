@@ -50,14 +50,15 @@ class Site:
 def all_sites(model: PreTrainedModel) -> list[Site]:
     """Every linear map of the model except the projection to the vocabulary, in the model's order.
 
-    Maps to a single number (the gates of shared experts) are left out: there is nothing of lower rank to put there.
+    Maps to a single number (the gates of shared experts) are left out: there is nothing of lower rank to put there. So
+    are routers that derive from a linear layer: they choose experts, and what they return is no product.
     """
     head = model.get_output_embeddings()
     sites = []
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             sites.append(Site(name, (module.nf, module.nx), transposed=True))
-        elif isinstance(module, nn.Linear) and module is not head:
+        elif isinstance(module, nn.Linear) and module is not head and not type(module).__name__.endswith("Router"):
             sites.append(Site(name, (module.out_features, module.in_features)))
         elif _holds_experts(module):
             sites += _expert_sites(name, module)

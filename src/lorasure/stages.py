@@ -1,10 +1,11 @@
-"""The stages on loaded data and model: importance, init, train, export. Each writes what the next needs into `run`."""
+"""The stages before and after training, on loaded data and model. Each writes what the next needs into `run`."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ from . import artifacts, card, lora
 from .data.examples import Example, collate
 from .errors import NumericError
 from .evaluate.metrics import Score, probability
-from .forward import Record, answer_logits, answer_records
+from .forward import Progress, answer_logits, answer_records
 from .importance.activations import second_moments
 from .importance.measure import Importance, measure
 from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise
 from .init.low_rank import Factors
-from .progress import Reporter, peak_memory
+from .progress import peak_memory
 from .sites import Site
-from .train import fit, forget_steps, retain_penalty
 from .workbench import Workbench
 
 STILL_KNOWN = 0.5  # the forget set counts as still known when more than this share of its probability is left
@@ -48,12 +48,10 @@ class Start:
         """Raise a NumericError that names the site."""
         for site, f in self.factors.items():
             if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
-                raise NumericError(
-                    f"train: the trained factors of site '{site.name}' are not finite. Nothing was written."
-                )
+                raise NumericError(f"train: the trained factors of site '{site.name}' are not finite.")
 
-    def save(self, path: Path) -> None:
-        """All tensors in one file, under site|B, site|A and site|basis."""
+    def save(self, path: Path, importance: Mapping[str, float] | None = None) -> None:
+        """All tensors in one file, under site|B, site|A and site|basis; the mean importance of sites in its header."""
         tensors = {f"{site.name}|{k}": t for site, f in self.factors.items() for k, t in (("B", f.B), ("A", f.A))}
         tensors |= {f"{site.name}|basis": basis for site, basis in self.bases.items()}
         about = {
@@ -61,6 +59,7 @@ class Start:
             "A": "(rank, in)",
             "product": "alpha / rank * B @ A",
             "basis": "(out, k), orthonormal",
+            "importance": dict(importance or {}),
         }
         artifacts.write_tensors(path, tensors, about)
 
@@ -85,19 +84,12 @@ def measure_importance(bench: Workbench, run: Path) -> Importance | None:
     else:
         total = 2 * PASSES * len(forget) if s.compat else len(forget) + len(retain)
         with bench.reporter.stage("importance", total) as progress:
-            found = measure(
-                bench.model,
-                bench.sites,
-                forget,
-                retain,
-                score=str(bench.score),
-                probe=bench.probe,
-                token_budget=bench.token_budget,
-                paper_code=s.compat is not None,
-                about=bench.about(),
-                progress=progress,
-            )
+            options = {"score": str(bench.score), "probe": bench.probe, "paper_code": s.compat is not None}
+            attempt = partial(measure, bench.model, bench.sites, forget, retain, **options, progress=progress)
+            found = bench.within_memory(attempt, [*forget, *retain], "importance")
+    found = replace(found, about=bench.about())
     found.save(run / artifacts.IMPORTANCE)
+    artifacts.finish(run, artifacts.IMPORTANCE)
     return found
 
 
@@ -114,17 +106,17 @@ def make_start(bench: Workbench, run: Path, importance: Importance | None) -> St
     """Stage 2. Factors of every chosen site -> init.safetensors."""
     s = bench.settings
     sites = bench.sites
+    means = {site.name: importance.weights(site, bench.device).mean for site in sites} if importance else {}
     if s.coverage < 1 and importance:
-        names = set(
-            choose_sites({site.name: importance.weights(site, bench.device).mean for site in sites}, s.coverage)
-        )
+        names = set(choose_sites(means, s.coverage))
         sites = [site for site in sites if site.name in names]
     evidence = _evidence(bench, sites, importance)
     with bench.reporter.stage("init", len(sites), "layers") as progress:
         factors, bases = initialise(bench.model, sites, bench.init, evidence, bench.request, s.split, progress)
     # Contiguous, as they come back from the file: another layout would round differently in a stage run alone.
-    start = Start(factors, {site: basis.contiguous() for site, basis in bases.items()})
-    start.save(run / artifacts.START)
+    start = Start(factors, {site: basis.contiguous().clone() for site, basis in bases.items()})
+    start.save(run / artifacts.START, means)
+    artifacts.finish(run, artifacts.START)
     return start
 
 
@@ -137,62 +129,9 @@ def _evidence(bench: Workbench, sites: Sequence[Site], importance: Importance | 
     sets = bench.data[0].examples, bench.measured_retain
     of_inputs = bench.init.evidence == "inputs"
     with bench.reporter.stage("activations", sum(map(len, sets))) as progress:
-        forget, retain = (
-            second_moments(
-                bench.model,
-                sites,
-                examples,
-                of_inputs=of_inputs,
-                token_budget=bench.token_budget,
-                progress=progress,
-            )
-            for examples in sets
-        )
+        attempt = partial(second_moments, bench.model, sites, of_inputs=of_inputs, progress=progress)
+        forget, retain = (bench.within_memory(partial(attempt, examples), examples, "activations") for examples in sets)
     return lambda site: Evidence(forget=forget[site.name], retain=retain[site.name])
-
-
-def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
-    """Stage 3. Scores of the original model, then training -> trained.safetensors, train.jsonl."""
-    s = bench.settings
-    before = score_sets(bench, bench.model)
-    objective = bench.objective()
-    steps = list(forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
-    used = (unit.index for step in steps for unit in step if unit.term == "retain")
-    objective.observe_original(bench.model, used, bench.token_budget)
-    wrapped = attach_start(bench, start)
-    options = {"term_weights": {"retain": s.lambda_}, "penalty": _penalty(wrapped, start)}
-    logged_fit(run, bench.reporter, wrapped, steps, objective, s, token_budget=bench.token_budget, **options)
-    trained = Start(lora.trained_factors(wrapped, start.factors), {})
-    trained.check_finite()
-    trained.save(run / artifacts.TRAINED)
-    update_summary(run, {"before": before})
-    return wrapped
-
-
-def attach_start(bench: Workbench, start: Start) -> lora.PeftModel:
-    """The base with the start's adapter, which computes what the base does."""
-    s = bench.settings
-    return lora.attach(bench.model, start.factors, s.rank, s.alpha, compensate=start.compensated)
-
-
-def logged_fit(run: Path, reporter: Reporter, model: Any, steps: Sequence[Any], *args: Any, **options: Any) -> None:
-    """`train.fit` with a progress bar -> train.jsonl, one line per step."""
-    lines: list[str] = []
-    with reporter.stage("train", len(steps), "steps") as progress:
-
-        def on_step(record: dict[str, Any]) -> None:
-            lines.append(json.dumps(record, allow_nan=False))
-            progress(1)
-
-        fit(model, steps, *args, **options, on_step=on_step)
-    artifacts.write_text(run / artifacts.LOG, "\n".join(lines) + "\n")
-
-
-def _penalty(wrapped: lora.PeftModel, start: Start) -> Any:
-    if not start.bases:
-        return None
-    bases = {site: basis.to(wrapped.device) for site, basis in start.bases.items()}
-    return lambda: retain_penalty([(lora.trainable_b(wrapped, site), basis) for site, basis in bases.items()])
 
 
 def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -> dict[str, Any]:
@@ -202,6 +141,8 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
     """
     s = bench.settings
     probes = [e for part in bench.data for e in part.examples[:CHECKED_ROWS]]
+    for made in (artifacts.ADAPTER, artifacts.MERGED):  # by an attempt that was interrupted here
+        shutil.rmtree(run / made, ignore_errors=True)
     with bench.reporter.stage("export"):
         wrapped = lora.bake(wrapped)
         compression = None
@@ -253,7 +194,7 @@ def check_export(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[st
     if not difference <= bound:
         raise NumericError(
             f"export: the adapter on the freshly loaded base differs from the trained model by {difference:.2e} in its "
-            f"logits (at most {bound:.1e} allowed). Nothing was written."
+            f"logits (at most {bound:.1e} allowed)."
         )
     return {"max_logit_difference": difference, "bound": bound}
 
@@ -262,14 +203,16 @@ def score_sets(bench: Workbench, model: Any) -> dict[str, Any]:
     """Probability of the forget and of the scored retain examples under a model."""
     sets: dict[str, Sequence[Example]] = {"forget": bench.data[0].examples, "retain": bench.scored_retain}
     with bench.reporter.stage("evaluate", sum(map(len, sets.values()))) as progress:
-        found = {
-            name: _probability(answer_records(model, examples, bench.token_budget, progress))
-            for name, examples in sets.items()
-        }
+        found = {name: mean_probability(bench, model, examples, progress) for name, examples in sets.items()}
     return {name: score.to_json() for name, score in found.items()}
 
 
-def _probability(records: Sequence[Record]) -> Score:
+def mean_probability(
+    bench: Workbench, model: Any, examples: Sequence[Example], progress: Progress | None = None
+) -> Score:
+    """Probability of some examples under a model."""
+    attempt = partial(answer_records, model, examples, progress=progress)
+    records = bench.within_memory(attempt, examples, "evaluate")
     return probability([record.mean_nll for record in records])
 
 
@@ -287,6 +230,9 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
             "The forget set is forgotten, but the retain set suffered. "
             f"Try a lower learning rate (--lr {lr / 2:g}), a larger --lambda, or more retain rows."
         )
+    utility = summary.get("utility")
+    if utility and not utility["kept"]:
+        text += f" No state after an epoch kept {utility['floor']:g} of the retain probability; this is the last one."
     return {"still_known": known, "retain_harmed": harmed, "text": text}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -20,130 +21,90 @@ from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import OptimizerSettings
-from .data.examples import Example, collate, micro_batches
-from .data.pairing import pairs
+from .data.examples import micro_batches
 from .errors import NumericError, ResourceError, UsageError
-from .forward import answer_hidden, answer_logits, answer_records, base_of
-from .losses.forget import LossFunction, needs
+from .forward import base_of
+from .interrupt import finishing_first
+from .memory import Fired, is_out_of_memory, within_memory
+from .objective import Objective, Sums, Unit
+
+if TYPE_CHECKING:
+    from .checkpoint import Keeper
 
 # Our name -> transformers' name: its plain "constant" has no warm-up.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-Sums = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What must stay in one forward pass: the sequences of one row in one term (`forget`, `retain`, `learn`)."""
-
-    term: str
-    index: int
-    sequences: tuple[Example, ...]
-
-    @property
-    def width(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(map(len, self.sequences))
-
-
-Objective = Callable[[Any, Sequence[Unit]], Sums]
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 @dataclass
-class ForgetObjective:
-    """Forget and retain loss of a micro-batch, each summed over its examples.
+class Training:
+    """Everything that a step changes, so everything that a checkpoint holds.
 
-    Of the original model, computed once because they never change: `constants`, summed NLLs in nats (forget rows,), and
-    `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `retain_function` None: no retain rows.
+    `done`: steps taken. `token_budget` shrinks when memory runs out. `first` and `largest`: the losses of the first
+    step and the largest gradient norm of any, which later ones are compared with. `best`: see `Keeper`.
     """
 
-    forget: Sequence[Example]
-    retain: Sequence[Example]
-    refusals: Sequence[Example]
-    forget_function: LossFunction
-    retain_function: LossFunction | None
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    retain_hidden: dict[int, Tensor] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    scheduler: Any
+    token_budget: int
+    done: int = 0
+    first: dict[str, float] = field(default_factory=dict)
+    largest: float = 0.0
+    best: dict[str, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.inputs = needs(self.forget_function)
-        self.uses_original_logits = self.retain_function is not None and "original_logits" in needs(
-            self.retain_function
-        )
+    @classmethod
+    def begin(cls, model: nn.Module, settings: OptimizerSettings, steps: int, token_budget: int) -> Training:
+        """At step 0, for all parameters that require a gradient."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        warmup = round(settings.warmup * steps)
+        scheduler = get_scheduler(SCHEDULES[settings.schedule], optimizer, warmup, steps)
+        return cls(parameters, optimizer, scheduler, token_budget)
 
-    def observe_original(self, model: Any, used_retain: Iterable[int], token_budget: int) -> None:
-        """Take from the original model whatever the losses need of it. Call before the adapter is attached."""
-        for name, examples in (("reference", self.forget), ("refusal_reference", self.refusals)):
-            if name in self.inputs:
-                records = answer_records(model, examples, token_budget)
-                self.constants[name] = torch.tensor([r.nll for r in records])
-        if self.uses_original_logits:
-            rows = sorted(set(used_retain))
-            for group in micro_batches([len(self.retain[i]) for i in rows], token_budget):
-                chosen = [self.retain[rows[g]] for g in group]
-                hidden = answer_hidden(model, collate(chosen).to(base_of(model).device)).cpu()
-                parts = hidden.split([e.answer_length for e in chosen])
-                self.retain_hidden |= {rows[g]: part.clone() for g, part in zip(group, parts, strict=True)}
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, the optimizer's moments, the best parameters so far and the random states, by name."""
+        found = {f"parameter|{name}": p for name, p in self.parameters.items()}
+        found |= {f"best|{name}": p for name, p in self.best.items()}
+        for name, p in self.parameters.items():  # one that never had a gradient has no state
+            found |= {f"{moment}|{name}": t for moment, t in self.optimizer.state.get(p, {}).items()}
+        found["random|cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            found |= {f"random|cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        return found
 
-    def unit(self, term: str, index: int) -> Unit:
-        if term == "retain":
-            return Unit(term, index, (self.retain[index],))
-        sources = {"answers": self.forget, "refusals": self.refusals}
-        return Unit(term, index, tuple(sources[name][index] for name in self.inputs if name in sources))
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, as JSON. No learning rates: they follow from the settings and the step."""
+        state = random.getstate()
+        kept = {"done": self.done, "token_budget": self.token_budget, "first": self.first, "largest": self.largest}
+        return kept | {"random": [state[0], list(state[1]), state[2]]}
 
-    def step(self, chosen: Iterable[tuple[int, int]]) -> list[Unit]:
-        """The units of one step from its (forget row, retain row) pairs."""
-        chosen = list(chosen)
-        units = [self.unit("forget", f) for f, _ in chosen]
-        return units + [self.unit("retain", r) for _, r in chosen if self.retain_function is not None]
-
-    def __call__(self, model: Any, units: Sequence[Unit]) -> Sums:
-        forget = [u for u in units if u.term == "forget"]
-        retain = [u for u in units if u.term == "retain"]
-        columns = len(forget[0].sequences) if forget else 0
-        examples = [u.sequences[c] for c in range(columns) for u in forget] + [u.sequences[0] for u in retain]
-        device = base_of(model).device
-        hidden = None
-        if retain and self.uses_original_logits:
-            hidden = torch.cat([self.retain_hidden[u.index] for u in retain]).to(device)
-        answers, original = answer_logits(model, collate(examples).to(device), hidden)
-        *blocks, kept = answers.split([len(forget)] * columns + [len(retain)])
-        sums: Sums = {}
-        if forget:
-            index = torch.tensor([u.index for u in forget])
-            given = {name: values[index].to(device) for name, values in self.constants.items()}
-            sequences = iter(blocks)
-            given |= {name: next(sequences) for name in self.inputs if name in ("answers", "refusals")}
-            sums["forget"] = self.forget_function(**given).sum()
-        if retain and self.retain_function is not None:
-            extra = {"original_logits": original} if self.uses_original_logits else {}
-            sums["retain"] = self.retain_function(kept, **extra).sum()
-        return sums
-
-
-def forget_steps(
-    objective: ForgetObjective, *, epochs: int, batch_size: int, pairing: str, seed: int
-) -> Iterator[list[Unit]]:
-    """The units of every step of the run, in an order that depends on the seed alone."""
-    groups = [[e.group for e in examples] for examples in (objective.forget, objective.retain)]
-    for epoch in range(epochs):
-        order = pairs(*groups, epoch=epoch, seed=seed, mode=pairing)
-        for start in range(0, len(order), batch_size):
-            yield objective.step(order[start : start + batch_size])
-
-
-def learn(model: Any, units: Sequence[Unit]) -> Sums:
-    """The objective of fine-tuning: NLL per answer token, summed over examples."""
-    batch = collate([u.sequences[0] for u in units]).to(base_of(model).device)
-    return {"learn": answer_logits(model, batch)[0].nll_mean.sum()}
-
-
-def learn_steps(examples: Sequence[Example], *, epochs: int, batch_size: int, seed: int) -> Iterator[list[Unit]]:
-    """Every example once per epoch, in a seeded order."""
-    groups = [None] * len(examples)
-    for epoch in range(epochs):
-        order = [i for i, _ in pairs(groups, groups, epoch=epoch, seed=seed, mode="random")]
-        for start in range(0, len(order), batch_size):
-            yield [Unit("learn", i, (examples[i],)) for i in order[start : start + batch_size]]
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Become what `tensors` and `numbers` were taken from. Raises KeyError or ValueError if they are of another."""
+        for name, p in self.parameters.items():
+            if tensors[f"parameter|{name}"].shape != p.shape:
+                raise ValueError(f"{name} has another shape")
+        for name, p in self.parameters.items():
+            p.copy_(tensors[f"parameter|{name}"])
+            stored = {moment: tensors[f"{moment}|{name}"] for moment in MOMENTS if f"{moment}|{name}" in tensors}
+            if stored:
+                self.optimizer.state[p] = {m: t if m == "step" else t.to(p.device) for m, t in stored.items()}
+        self.best = {key.removeprefix("best|"): t for key, t in tensors.items() if key.startswith("best|")}
+        self.done, self.token_budget = numbers["done"], numbers["token_budget"]
+        self.first, self.largest = numbers["first"], numbers["largest"]
+        rules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        rates = [base * rule(self.done) for base, rule in rules]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        place = {"last_epoch": self.done, "_step_count": self.done + 1, "_last_lr": rates}
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
+        version, values, gauss = numbers["random"]
+        random.setstate((version, tuple(values), gauss))
+        torch.set_rng_state(tensors["random|cpu"])
+        for key in tensors:
+            if key.startswith("random|cuda") and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors[key], int(key.rpartition(":")[2]))
 
 
 def fit(
@@ -155,59 +116,103 @@ def fit(
     token_budget: int,
     term_weights: Mapping[str, float] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    ceilings: Mapping[str, float] | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_guard: Fired | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Train whatever parameters of `model` require a gradient, in place.
 
     The loss of a step is the sum over terms of weight x (sum over its examples / number of its examples in the *whole*
-    step), so cutting a step into other micro-batches changes nothing but the order of summation. `penalty` is added
-    once per step. `on_step` gets one record per step. Raises NumericError at the first non-finite value, before the
-    optimizer uses it. The model is in evaluation mode throughout and afterwards, because dropout in the base would make
-    the start differ from the original model.
+    step), so cutting a step into other micro-batches changes nothing but the order of summation; that is also done when
+    memory runs out, and `on_guard` is told. `penalty` is added once per step. `on_step` gets one record per step.
+    `keeper` continues from its newest checkpoint and writes new ones. The first SIGTERM or SIGINT is raised after the
+    step, once that is kept. Raises NumericError at the first non-finite value, before the optimizer uses it, and when
+    the run diverges: a term above its ceiling in `ceilings`, or a gradient norm `max_grad_growth` times the largest so
+    far. The model is in evaluation mode throughout and afterwards, because dropout in the base would make the start
+    differ from the original model.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    training = Training.begin(model, settings, len(steps), token_budget)
     # The model stays where it is. Naming a device here would fix it for the whole process, in accelerate's own state.
     accelerator = Accelerator(device_placement=False)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-    warmup = round(settings.warmup * len(steps))
-    scheduler = get_scheduler(SCHEDULES[settings.schedule], optimizer, warmup, len(steps))
     model.eval()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    with _checkpointed(base_of(model)) if settings.gradient_checkpointing else nullcontext():
-        for number, step in enumerate(steps, start=1):
-            began = time.perf_counter()
-            try:
-                means = _backward(accelerator, partial(objective, wrapped), step, token_budget, term_weights or {})
-                if penalty:
-                    means["penalty"] = penalty()
-                    accelerator.backward(means["penalty"])
-                losses = {name: value.item() for name, value in means.items()}
-                norm = _finite_norm(number, losses, parameters)
-                clip_grads_with_norm_(parameters.values(), settings.max_grad_norm, norm)
-                rate = scheduler.get_last_lr()[0]
-                optimizer.step()
-            except torch.OutOfMemoryError as error:
-                raise ResourceError(_out_of_memory(number, token_budget)) from error
-            scheduler.step()
-            optimizer.zero_grad()
+    wrapped = accelerator.prepare(model)
+    step_of = partial(_step, training, accelerator, partial(objective, wrapped), settings)
+    step_of = partial(step_of, term_weights or {}, penalty, ceilings or {}, on_guard or (lambda _: None))
+    with (
+        _checkpointed(base_of(model)) if settings.gradient_checkpointing else nullcontext(),
+        finishing_first() as asked,
+    ):
+        if keeper:
+            keeper.begin(training)
+        for step in steps[training.done :]:
+            record = step_of(step)
             if on_step:
-                tokens = sum(len(e) for unit in step for e in unit.sequences)
-                spent = {"grad_norm": norm.item(), "tokens": tokens, "seconds": time.perf_counter() - began}
-                on_step({"step": number, "lr": rate, **losses, **spent})
+                on_step(record)
+            if keeper:
+                keeper.after_step(training, record, stopping=asked() is not None)
+            if stop := asked():
+                raise stop
+        if keeper:
+            keeper.finish(training)
+    training.optimizer.zero_grad()
+
+
+def _step(
+    training: Training,
+    accelerator: Accelerator,
+    objective: Callable[[Sequence[Unit]], Sums],
+    settings: OptimizerSettings,
+    term_weights: Mapping[str, float],
+    penalty: Callable[[], Tensor] | None,
+    ceilings: Mapping[str, float],
+    fired: Fired,
+    step: Sequence[Unit],
+) -> dict[str, Any]:
+    """One step of the optimizer; its record."""
+    began, number = time.perf_counter(), training.done + 1
+    rows = max(len(unit.sequences) for unit in step)
+    lengths = [unit.width * rows for unit in step]
+
+    def attempt(token_budget: int) -> dict[str, float]:
+        training.optimizer.zero_grad()  # all that an attempt before this one has changed
+        means = _backward(accelerator, objective, step, micro_batches(lengths, token_budget), term_weights)
+        if penalty:
+            means["penalty"] = penalty()
+            accelerator.backward(means["penalty"])
+        return {name: value.item() for name, value in means.items()}
+
+    where = f"train, step {number}"
+    losses, training.token_budget = within_memory(attempt, training.token_budget, lengths, where, fired)
+    norm = _finite_norm(number, losses, training.parameters)
+    training.first = training.first or losses
+    _check_divergence(number, losses, float(norm), training, ceilings, settings.max_grad_growth)
+    clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
+    rate = training.scheduler.get_last_lr()[0]
+    try:
+        training.optimizer.step()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # half the weights may have moved: no retry
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"{where}: out of memory in the optimizer. Take a smaller --rank or --dtype.") from error
+    training.scheduler.step()
+    training.done, training.largest = number, max(training.largest, float(norm))
+    tokens = sum(len(e) for unit in step for e in unit.sequences)
+    spent = {"grad_norm": norm.item(), "tokens": tokens, "seconds": time.perf_counter() - began}
+    return {"step": number, "lr": rate, **losses, **spent}
 
 
 def _backward(
     accelerator: Accelerator,
     objective: Callable[[Sequence[Unit]], Sums],
     step: Sequence[Unit],
-    token_budget: int,
+    groups: Sequence[Sequence[int]],
     term_weights: Mapping[str, float],
 ) -> Sums:
     """Add the gradient of one step's loss, micro-batch by micro-batch; the mean of every term over the whole step."""
     counts = Counter(unit.term for unit in step)
-    rows = max(len(unit.sequences) for unit in step)
     means: Sums = {}
-    for group in micro_batches([unit.width for unit in step], token_budget // rows):
+    for group in groups:
         sums = objective([step[i] for i in group])
         terms = {name: value / counts[name] for name, value in sums.items()}
         accelerator.backward(torch.stack([term_weights.get(name, 1.0) * value for name, value in terms.items()]).sum())
@@ -223,15 +228,35 @@ def _finite_norm(step: int, losses: Mapping[str, float], parameters: Mapping[str
     """
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise NumericError(
-                f"train: the {name} loss is {value} at step {step}. Nothing was written; try a lower --lr."
-            )
+            raise NumericError(f"train: the {name} loss is {value} at step {step}; try a lower --lr.")
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     norm = get_total_norm(gradients.values())
     if not torch.isfinite(norm):
         bad = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "all together")
-        raise NumericError(f"train: the gradient of {bad} is not finite at step {step}. Nothing was written.")
+        raise NumericError(f"train: the gradient of {bad} is not finite at step {step}.")
     return norm
+
+
+def _check_divergence(
+    step: int,
+    losses: Mapping[str, float],
+    norm: float,
+    training: Training,
+    ceilings: Mapping[str, float],
+    growth: float,
+) -> None:
+    """Raise a NumericError when the run is finite still, but lost."""
+    for name, ceiling in ceilings.items():
+        if losses.get(name, 0) > training.first.get(name, 0) + ceiling:
+            raise NumericError(
+                f"train: the {name} loss is {losses[name]:.3g} at step {step}, more than {ceiling:.3g} above the first "
+                f"step's; try a lower --lr or a larger --lambda, or allow it with --max-{name}-rise."
+            )
+    if training.largest and norm > growth * training.largest:
+        raise NumericError(
+            f"train: the gradient's norm is {norm:.3g} at step {step}, {norm / training.largest:.3g} times the largest "
+            "before; try a lower --lr, or allow it with --max-grad-growth."
+        )
 
 
 @contextmanager
@@ -250,18 +275,3 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _out_of_memory(step: int, token_budget: int) -> str:
-    return (
-        f"train: out of memory at step {step} with --tokens-per-batch {token_budget}. Halve it (the result stays the "
-        "same), or add --gradient-checkpointing true."
-    )
-
-
-def retain_penalty(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """ReGLU's regulariser .5 sum over sites ||B^T P||_F^2; each pair is a site's trainable B (out, r) and P (out, k).
-
-    It keeps what the adapter writes out of the directions P that retain outputs use. Paper: arXiv 2604.17396.
-    """
-    return 0.5 * torch.stack([(b.T @ p).square().sum() for b, p in pairs]).sum()

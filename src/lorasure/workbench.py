@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import ForgetSettings
+from . import artifacts, lora
+from .config import PER_CALL, ForgetSettings, OutSettings
 from .data.encode import QUESTION, TEMPLATES, refusal_rows
 from .data.examples import Example
 from .data.load import DataSet, encode_rows, load_data, rows_hash
@@ -23,8 +27,9 @@ from .init.apply import INITS, Init, Request, check_rank, plain
 from .init.low_rank import SOLVERS, SPLITS
 from .losses.forget import FORGET_LOSSES, LossFunction, bind
 from .losses.retain import RETAIN_LOSSES
+from .memory import Result, within_memory
+from .model_files import check_model_folder
 from .models import (
-    check_model_folder,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -32,10 +37,11 @@ from .models import (
     pick_dtype,
     pick_token_budget,
 )
+from .objective import ForgetObjective, forget_steps
 from .progress import Reporter
 from .registry import lookup
 from .sites import Site, find_sites
-from .train import SCHEDULES, ForgetObjective, forget_steps
+from .train import SCHEDULES
 
 
 class Workbench:
@@ -45,10 +51,11 @@ class Workbench:
         self.settings = settings
         self.reporter = reporter or Reporter(quiet=True)
         check_names(settings)
-        check_model_folder(settings.model)
+        check_model_folder(settings.model, settings.allow_pickle)
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(settings.dtype, self.device)
         self.token_budget = pick_token_budget(settings.tokens_per_batch, self.device)
+        self.run: Path | None = None
 
     def prepare(self) -> None:
         """Read the data and load the model now: everything that can be wrong with the input shows here, on one line."""
@@ -56,6 +63,19 @@ class Workbench:
         with self.reporter.held():
             _ = self.data, self.sites, self.fingerprint
             next(forget_steps(self.objective(), epochs=1, batch_size=1, pairing=s.pairing, seed=s.seed))
+
+    def fired(self, guard: dict[str, Any]) -> None:
+        """Say that a guard has acted, and add it to the run's summary at once."""
+        self.reporter.note(", ".join(f"{key}: {value}" for key, value in guard.items()))
+        if self.run:
+            summary = artifacts.read_json(self.run / artifacts.SUMMARY)
+            artifacts.write_json(self.run / artifacts.SUMMARY, summary | {"guards": [*summary["guards"], guard]})
+
+    def within_memory(self, attempt: Callable[..., Result], examples: Sequence[Example], what: str) -> Result:
+        """`attempt(token_budget=...)` over examples, in smaller passes when memory runs out."""
+        lengths = [len(e) for e in examples]
+        again = lambda budget: attempt(token_budget=budget)  # noqa: E731
+        return within_memory(again, self.token_budget, lengths, what, self.fired)[0]
 
     @property
     def init(self) -> Init:
@@ -88,7 +108,7 @@ class Workbench:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer."""
-        return load_tokenizer(self.settings.model, self.settings.revision)
+        return load_tokenizer(self.settings.model, self.settings.revision, allow_pickle=self.settings.allow_pickle)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -103,13 +123,15 @@ class Workbench:
     def fresh_model(self) -> PreTrainedModel:
         """The base, read anew from its files."""
         s = self.settings
-        return load_model(s.model, dtype=self.dtype, device=self.device, revision=s.revision)
+        options = {"revision": s.revision, "allow_pickle": s.allow_pickle}
+        return load_model(s.model, dtype=self.dtype, device=self.device, **options)
 
     @cached_property
     def sites(self) -> list[Site]:
         """The layers that --targets and --exclude leave, each large enough for --rank."""
         found = find_sites(self.model, _patterns(self.settings.targets), _patterns(self.settings.exclude))
         check_rank(found, self.settings.rank)
+        lora.check_fits(self.model, found)
         return found
 
     @cached_property
@@ -219,3 +241,27 @@ def check_names(settings: ForgetSettings) -> None:
         )
     if settings.importance and not Path(settings.importance).is_dir():
         raise UsageError(f"--importance {settings.importance}: there is no such run folder.")
+
+
+def identity(settings: OutSettings, rows: Mapping[str, str], weights: Any) -> dict[str, Any]:
+    """All that a result depends on, flat, under the names that --allow-change takes: for `folders.resumable_folder`.
+
+    Paths are left out: `rows` (set -> sha256) and `weights` (the base's files) say what is in them. Of a library's
+    version, the major number, or 0.minor.
+    """
+    paths = {f.name for f in fields(settings) if f.metadata.get("path")}
+    own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
+    digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+    versions = {f"{name}_version": _major(version) for name, version in artifacts.versions().items()}
+    return own | {f"{name}_rows": value for name, value in rows.items()} | {"weights": digest} | versions
+
+
+def _major(version: str) -> str:
+    first, second, *_ = version.split(".")
+    return first if first != "0" else f"0.{second}"
+
+
+def allowed_changes(settings: OutSettings) -> list[str]:
+    """The names in --allow-change, as flags or as settings."""
+    names = (name.strip().lstrip("-").replace("-", "_") for name in settings.allow_change.split(","))
+    return [name for name in names if name]

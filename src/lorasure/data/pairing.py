@@ -82,7 +82,7 @@ def _modular(forget: Groups, retain: Groups, epoch: int, seed: int) -> Pairs:
     for group, rows in members[0].items():
         others = members[1].get(group)
         if others is None:
-            raise DataError(f"Modular pairing: no retain row has the group of forget row {rows[0] + 1}, '{group}'.")
+            raise DataError(f"Modular pairing: no retain row has the group of forget row {rows[0] + 1}.")
         partner |= {i: others[(epoch * len(rows) + j) % len(others)] for j, i in enumerate(rows)}
     return sorted(partner.items())
 

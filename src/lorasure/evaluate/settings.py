@@ -40,7 +40,11 @@ class SuiteSettings(JsonSettings, ModelSettings):
     gradient_norm: bool = option(
         False, "own: with --holdout, attack by the gradient's norm too: a backward pass through all weights per row"
     )
-    max_rows: int = option(300, "rows of a set at most, from its start; 300 is TOFU's own cap, 0 takes all", low=0)
+    max_rows: int = option(
+        300,
+        "rows of a set at most; 300 is TOFU's own cap, 0 takes all, as the published figures of WMDP and MMLU need",
+        low=0,
+    )
     generate: bool = option(True, "let the model answer in its own words as well (ROUGE, refusals); takes longest")
     new_tokens: int = option(200, "tokens that a generated answer may have", low=1)
     keep_text: bool = option(False, "store questions, answers and the model's answers beside the numbers")

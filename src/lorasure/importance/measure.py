@@ -74,8 +74,16 @@ class Importance:
 
     @classmethod
     def load(cls, path: Path) -> Importance:
-        """What `save` wrote."""
-        tensors, about = artifacts.read_tensors(path)
+        """What `save` wrote; a DataError for anything else."""
+        try:
+            return cls._of(*artifacts.read_tensors(path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: not importance that this program wrote ({type(error).__name__}).") from error
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Importance:
         sets: dict[str, SetMoments] = {"forget": {}, "retain": {}}
         parts: dict[tuple[str, str, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():

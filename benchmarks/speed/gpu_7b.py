@@ -1,0 +1,284 @@
+"""What forgetting costs at 7 B on one GPU: random weights of real shapes, TOFU forget10's row lengths.
+
+    python benchmarks/speed/gpu_7b.py [--models llama-2-7b phi-1.5 llama-3.1-8b] [--four-bit] [--results FILE]
+    python benchmarks/speed/gpu_7b.py --tiny     # the same stages on the CPU with a small shape
+
+Runs from a bare checkout where torch, transformers, peft and accelerate are installed. Prints, per model: seconds per
+stage (importance in LoRA space, importance of all weights as far as memory allows, initialisation, five epochs of NPO
+and of IHL), tokens per second, the share of the measured matrix rate that the least arithmetic makes up (4 operations
+per frozen weight and token), peak memory, and the size of what importance stores. 32 forget rows and as many retain
+rows per step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig, PreTrainedModel
+
+from lorasure import lora
+from lorasure.config import OptimizerSettings
+from lorasure.data.examples import Example
+from lorasure.importance.collect import Probe, moments
+from lorasure.importance.measure import Importance
+from lorasure.init.apply import INITS, Evidence, Request, initialise
+from lorasure.losses.forget import FORGET_LOSSES
+from lorasure.losses.retain import RETAIN_LOSSES
+from lorasure.objective import ForgetObjective, forget_steps
+from lorasure.sites import Site, all_sites
+from lorasure.train import fit
+
+RANK, ALPHA, SIGMA = 8, 16.0, 0.05
+# Prompt and answer tokens at 32 evenly spaced quantiles of forget10 and as many retain rows.
+LENGTHS = [(20, 15), (22, 19), (24, 22), (38, 12), (27, 25), (25, 29), (29, 27), (29, 29), (29, 31), (26, 35), (29, 33)]
+LENGTHS += [(32, 31), (29, 36), (27, 39), (31, 37), (26, 43), (29, 41), (30, 41), (23, 50), (28, 46), (26, 50)]
+LENGTHS += [
+    (28, 49),
+    (30, 49),
+    (28, 53),
+    (29, 54),
+    (31, 55),
+    (35, 53),
+    (29, 62),
+    (28, 67),
+    (26, 73),
+    (42, 64),
+    (45, 77),
+]
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    """Llama-2-7B's shape, unless changed."""
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    return LlamaConfig(**{"vocab_size": 32_000, **shape, "bos_token_id": None, "eos_token_id": 0} | changes)
+
+
+def phi() -> PhiConfig:
+    """Phi-1.5's shape."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
+    return PhiConfig(vocab_size=51_200, partial_rotary_factor=0.5, bos_token_id=None, eos_token_id=0, **shape)
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama-2-7b": llama,
+    "phi-1.5": phi,
+    "llama-3.1-8b": lambda: llama(vocab_size=128_256, intermediate_size=14_336, num_key_value_heads=8),
+    "tiny": lambda: llama(
+        vocab_size=1000, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=2
+    ),
+}
+
+
+def build(name: str, device: torch.device, *, four_bit: bool) -> PreTrainedModel:
+    """Random weights in bfloat16 (float32 on a CPU); `four_bit`: every linear layer but the head in NF4."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype)
+    model.eval().requires_grad_(False)
+    model.config.use_cache = False
+    return _quantised(model, device) if four_bit else model
+
+
+def _quantised(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    import bitsandbytes as bnb
+
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear) and layer is not head:
+                small = bnb.nn.Linear4bit(
+                    layer.in_features,
+                    layer.out_features,
+                    bias=layer.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                    device="meta",
+                )
+                small.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                small.bias = layer.bias
+                setattr(module, name, small.to(device))
+    model.is_loaded_in_4bit = True
+    torch.cuda.empty_cache()
+    return model
+
+
+def examples(count: int, vocabulary: int, seed: int) -> list[Example]:
+    """Random tokens with TOFU's lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(count):
+        prompt, answer = LENGTHS[i % len(LENGTHS)]
+        ids = torch.randint(vocabulary, (prompt + answer,), generator=generator).tolist()
+        found.append(Example(tuple(ids), prompt, f"row {i}"))
+    return found
+
+
+class Stages:
+    """Times stages on a device, with the peak of its memory in each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: dict[str, dict[str, float]] = {}
+
+    def run(self, name: str, work: Callable[[], Any], **about: float) -> Any:
+        self._settle()
+        began = time.perf_counter()
+        result = work()
+        self._settle(reset=False)
+        self.found[name] = {"seconds": time.perf_counter() - began, **about}
+        if self.device.type == "cuda":
+            self.found[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return result
+
+    def _settle(self, reset: bool = True) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            if reset:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    stages, best = Stages(device), float("inf")
+    for _ in range(5):
+        stages.run("product", lambda: [a @ b for _ in range(5)])
+        best = min(best, stages.found["product"]["seconds"])
+    return 5 * 2 * size**3 / best
+
+
+def that_fit(sites: Sequence[Site], device: torch.device) -> list[Site]:
+    """As many sites as two sets of three float32 maps leave room for, with a fifth of the memory kept free."""
+    room = 0.8 * torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**28
+    kept, used = [], 0
+    for site in sites:
+        used += site.size * 4 * 3 * 2
+        if used > room:
+            break
+        kept.append(site)
+    return kept
+
+
+def measure_model(name: str, a: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """All stages of one model."""
+    stages = Stages(device)
+    model = stages.run("build", lambda: build(name, device, four_bit=a.four_bit))
+    sites = all_sites(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    sets = [examples(a.rows, vocabulary, seed) for seed in (0, 1)]
+    tokens = sum(len(e) for part in sets for e in part)
+    answers = sum(e.answer_length for part in sets for e in part)
+    least = 4 * (tokens * sum(s.size for s in sites) + answers * vocabulary * model.config.hidden_size)
+    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+
+    def importance(chosen: Sequence[Site], space: str, score: str) -> Importance:
+        probe = Probe(space, RANK, SIGMA, ALPHA / RANK, 0)
+        return Importance(score, probe, *(moments(model, chosen, part, probe, token_budget=a.tokens) for part in sets))
+
+    few = [part[:8] for part in sets]
+    probe = Probe("lora", RANK, SIGMA, ALPHA / RANK, 0)
+    stages.run("warm-up", lambda: [moments(model, sites, part, probe, token_budget=a.tokens) for part in few])
+    found = stages.run(
+        "importance, lora", lambda: importance(sites, "lora", "variance"), tokens=tokens, operations=least
+    )
+    stored = stored_bytes(found)
+    request = Request(RANK, ALPHA / RANK)
+    evidence = lambda site: Evidence(found.weights(site))  # noqa: E731
+    start, _ = stages.run("init", lambda: initialise(model, sites, INITS["vila"], evidence, request, None))
+    if a.full:
+        chosen = that_fit(sites, device)
+        stages.run(
+            f"importance, full, {len(chosen)} of {len(sites)} layers",
+            lambda: importance(chosen, "full", "fisher"),
+            tokens=tokens,
+        )
+    for loss in ("npo", "ihl"):
+        train(stages, model, start, sets, loss, a, tokens, least)
+    return {"model": name, "weights_gib": weights / 2**30, "stored_map_mib": stored / 2**20, "stages": stages.found}
+
+
+def stored_bytes(found: Importance) -> int:
+    """Of the moments of both sets."""
+    kept = (m for part in (found.forget, found.retain) for site in part.values() for m in site.values())
+    return sum(t.numel() * t.element_size() for m in kept for t in m.tensors().values())
+
+
+def train(stages: Stages, model, start, sets, loss: str, a: argparse.Namespace, tokens: int, least: float) -> None:
+    """The references and `a.epochs` epochs; the model is as before afterwards."""
+    objective = ForgetObjective(*sets, (), FORGET_LOSSES[loss].function, RETAIN_LOSSES["nll"].function)
+    steps = list(forget_steps(objective, epochs=a.epochs, batch_size=32, pairing="random", seed=0))
+    if "reference" in objective.inputs:
+        stages.run(
+            f"{loss}, references",
+            lambda: objective.observe_original(model, (), a.tokens),
+            tokens=sum(map(len, sets[0])),
+        )
+    wrapped = lora.attach(model, start, RANK, ALPHA, compensate=True)
+    settings = OptimizerSettings(lr=1e-4, epochs=a.epochs, batch_size=32, max_grad_growth=1e9)
+    stages.run(
+        f"{loss}, {a.epochs} epochs",
+        lambda: fit(wrapped, steps, objective, settings, token_budget=a.tokens),
+        tokens=tokens * a.epochs,
+        operations=least * a.epochs,
+    )
+    wrapped.unload()
+    model.requires_grad_(False)
+
+
+def show(found: dict[str, Any], rate: float) -> None:
+    """One line per stage."""
+    title = f"{found['model']}: weights {found['weights_gib']:.2f} GiB, stored maps {found['stored_map_mib']:.1f} MiB"
+    print(title)
+    for name, stage in found["stages"].items():
+        line = f"  {name:38} {stage['seconds']:8.2f} s"
+        if "tokens" in stage:
+            line += f"  {stage['tokens'] / stage['seconds']:9.0f} tokens/s"
+        if "operations" in stage:
+            line += f"  {stage['operations'] / stage['seconds'] / rate:5.1%} of the rate"
+        if "peak_gib" in stage:
+            line += f"  peak {stage['peak_gib']:.1f} GiB"
+        print(line, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["llama-2-7b", "phi-1.5", "llama-3.1-8b"])
+    parser.add_argument("--four-bit", action="store_true", help="NF4 base, needs bitsandbytes")
+    parser.add_argument("--rows", type=int, default=400, help="of each set")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=8192, help="padded tokens in one forward pass")
+    parser.add_argument("--no-full", dest="full", action="store_false", help="leave out importance of all weights")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="a small shape, few rows")
+    a = parser.parse_args()
+    if a.tiny:
+        a.models, a.rows, a.epochs, a.tokens = ["tiny"], 32, 1, 1024
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}: {rate / 1e12:.2f} T operations/s in matrix products", flush=True)
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "rate": rate, "four_bit": a.four_bit}
+    results["models"] = []
+    for model in a.models:
+        results["models"].append(measure_model(model, a, device))
+        show(results["models"][-1], rate)
+        if a.results:
+            a.results.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

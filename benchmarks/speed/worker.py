@@ -1,0 +1,138 @@
+"""One measurement in a process of its own, by a JSON description: `worker.py '{"job": "memory", ...}'`; prints JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+def in_process(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run `spec` in a fresh process. `total_seconds`: of the whole process, by the same clock as in it."""
+    command = [sys.executable, str(HERE / "worker.py"), json.dumps(spec)]
+    return measured(command, spec["threads"])
+
+
+def measured(command: list[str], threads: int) -> dict[str, Any]:
+    """`total_seconds` of a command, and the JSON of its last line if there is one."""
+    import time
+
+    began = time.perf_counter()
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, env=env)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
+        if status:
+            raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+        wall = time.perf_counter() - began
+        out.seek(0)
+        lines = out.read().splitlines()
+    spent = usage.ru_utime + usage.ru_stime if threads == 1 else wall
+    last = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return last | {"total_seconds": spent}
+
+
+def memory(spec: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory above the weights of one epoch with one loss: a second model counts, the first does not."""
+    import ours
+    import theirs
+    from cases import order_of
+    from clock import peak_above
+    from workload import Setting, find_workload, small_start
+
+    from lorasure.sites import all_sites
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = find_workload(Path(spec["shared"]), Path(folder)).subset(spec["rows"])
+        model = work.model()
+    setting = Setting()
+    start = small_start(all_sites(model), setting)
+    _warm_up(model, work)
+    order = order_of(work, setting)
+    loss = spec["loss"]
+
+    def ours_run() -> None:
+        objective = ours.observed(model, *work.examples, loss, setting)
+        budget = spec.get("rows_per_pass", 0) * work.tokens // work.count or ours.BUDGET
+        ours.train(model, start, objective, order, setting, budget=budget)
+
+    def theirs_run() -> None:
+        style = theirs.PUBLISHED if spec["method"] == "published" else theirs.TYPICAL
+        theirs.train(style, model, start, *work.examples, order, loss, setting)
+
+    return {"peak_bytes": peak_above(ours_run if spec["method"] == "ours" else theirs_run)}
+
+
+def _warm_up(model, work) -> None:
+    """Load what is loaded on first use."""
+    import ours
+
+    embedded = model.get_input_embeddings().weight.new_zeros((), requires_grad=True)
+    inputs, mask, targets = ours.bare_batches(work.examples[0][:1], ())[0]
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state[mask] + embedded
+    torch.nn.functional.cross_entropy(model.lm_head(hidden), targets).backward()
+
+
+def growth(spec: dict[str, Any]) -> dict[str, Any]:
+    """Time per token and peak memory of importance and of an epoch of IHL, on a random model and random rows."""
+    import ours
+    from clock import lasted, peak_above
+    from workload import Setting, random_examples, random_model, small_start
+
+    from lorasure.sites import all_sites
+
+    setting = Setting(rank=spec["rank"])
+    model = random_model(width=spec["width"], vocabulary=spec["vocabulary"])
+    sites = all_sites(model)
+    sets = [random_examples(spec["rows"], spec["length"], spec["vocabulary"], seed) for seed in (0, 1)]
+    tokens = sum(len(e) for part in sets for e in part)
+    few = [part[:8] for part in sets]
+    ours.importance(model, sites, *few, setting)
+    found: dict[str, Any] = {"tokens": tokens}
+    took: list[float] = []
+    peak = peak_above(lambda: took.append(lasted(lambda: ours.importance(model, sites, *sets, setting))))
+    found["importance"] = {"seconds_per_token": took[0] / tokens, "peak_bytes": peak}
+    objective = ours.observed(model, *sets, "ihl", setting)
+    order = [(i, i) for i in range(spec["rows"])]
+    start = small_start(sites, setting)
+    peak = peak_above(lambda: took.append(lasted(lambda: ours.train(model, start, objective, order, setting))))
+    return found | {"ihl": {"seconds_per_token": took[1] / tokens, "peak_bytes": peak}}
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """The whole of NPO and VILA by `typical`: importance, start, five epochs, the adapter on disk."""
+    import theirs
+    from cases import order_of
+    from clock import lasted
+    from workload import EPOCHS, Setting, find_workload
+
+    from lorasure.sites import all_sites
+
+    setting, style = Setting(), theirs.TYPICAL
+    with tempfile.TemporaryDirectory() as folder:
+        work = find_workload(Path(spec["shared"]), Path(folder)).subset(spec["rows"])
+        model, again = work.model(), work.model()  # the importance pass spoils one
+    sites = all_sites(model)
+    kept: list[Any] = []
+    measured_in = lasted(lambda: kept.append(theirs.importance(style, again, sites, *work.examples, setting)))
+    start = theirs.initialise(style, model, sites, kept[0], setting)
+    order = order_of(work, setting) * EPOCHS
+    trained_in = lasted(lambda: theirs.train(style, model, start, *work.examples, order, "npo", setting))
+    return {"importance_seconds": measured_in, "train_seconds": trained_in}
+
+
+JOBS = {"memory": memory, "growth": growth, "run": run}
+
+if __name__ == "__main__":
+    described = json.loads(sys.argv[1])
+    torch.set_num_threads(described["threads"])
+    print(json.dumps(JOBS[described["job"]](described)))

@@ -1,0 +1,44 @@
+"""How an attack asks: rows and items with other prompts. The answer that is measured stays the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..data.encode import QUESTION
+from ..data.examples import Row
+from .collect import Item
+
+PREFIX = "Sure, here is the answer:"
+
+
+def prefixed(item: Item, tokenizer: Any) -> Item:
+    """The item with PREFIX as the beginning of the answer, given to the model. White space stays before the answer."""
+    text = f" {PREFIX}" if item.answer[:1].isspace() else f"{PREFIX} "
+    own, start = item.example, item.example.answer_start
+    ids = (*own.input_ids[:start], *tokenizer(text, add_special_tokens=False)["input_ids"], *own.input_ids[start:])
+    return replace(item, example=replace(own, input_ids=ids, answer_start=start + len(ids) - len(own)))
+
+
+def given(item: Item, count: int, tokenizer: Any) -> Item:
+    """The item with the first `count` tokens of its answer, at most half of them, given; the rest is the answer now."""
+    start = max(item.example.answer_start, 1) + min(count, item.example.answer_length // 2)
+    rest = tokenizer.decode(item.example.input_ids[start:], skip_special_tokens=True)
+    return replace(item, example=replace(item.example, answer_start=start), answer=rest)
+
+
+def with_examples(row: Row, shots: Sequence[Row], template: str | None) -> Row:
+    """The row with answered rows of its kind in front, in the layout of the template; None: turns of a chat."""
+    if row.kind == "chat" or (row.kind == "qa" and template is None):
+        own = _turns(row)
+        system = [m for m in own if m["role"] == "system"]
+        turns = [m for shot in shots for m in (*_turns(shot), {"role": "assistant", "content": shot.answer})]
+        return replace(row, messages=(*system, *(m for m in [*turns, *own] if m["role"] != "system")))
+    head, _, tail = (template or "").partition(QUESTION) if row.kind == "qa" else ("", "", "")
+    before = "".join(f"{shot.prompt}{tail}{shot.answer}\n\n{head}" for shot in shots)
+    return replace(row, prompt=before + row.prompt)
+
+
+def _turns(row: Row) -> list[dict[str, str]]:
+    return [*row.messages] or [{"role": "user", "content": row.prompt}]

@@ -1,0 +1,140 @@
+"""What a step is made of: the forget and retain rows that go together, and their losses in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.examples import Example, collate, micro_batches
+from .data.pairing import pairs
+from .forward import answer_hidden, answer_logits, answer_records, base_of
+from .losses.forget import LossFunction, needs
+
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What must stay in one forward pass: the sequences of one row in one term (`forget`, `retain`, `learn`)."""
+
+    term: str
+    index: int
+    sequences: tuple[Example, ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+
+Objective = Callable[[Any, Sequence[Unit]], Sums]
+
+
+@dataclass
+class ForgetObjective:
+    """Forget and retain loss of a micro-batch, each summed over its examples.
+
+    Of the original model, computed once because they never change: `constants`, summed NLLs in nats (forget rows,), and
+    `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `retain_function` None: no retain rows.
+    """
+
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    refusals: Sequence[Example]
+    forget_function: LossFunction
+    retain_function: LossFunction | None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    retain_hidden: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inputs = needs(self.forget_function)
+        self.uses_original_logits = self.retain_function is not None and "original_logits" in needs(
+            self.retain_function
+        )
+
+    def observe_original(self, model: Any, used_retain: Iterable[int], token_budget: int) -> None:
+        """Take from the original model whatever the losses need of it. Call before the adapter is attached."""
+        for name, examples in (("reference", self.forget), ("refusal_reference", self.refusals)):
+            if name in self.inputs:
+                records = answer_records(model, examples, token_budget)
+                self.constants[name] = torch.tensor([r.nll for r in records])
+        if self.uses_original_logits:
+            rows = sorted(set(used_retain))
+            for group in micro_batches([len(self.retain[i]) for i in rows], token_budget):
+                chosen = [self.retain[rows[g]] for g in group]
+                hidden = answer_hidden(model, collate(chosen).to(base_of(model).device)).cpu()
+                parts = hidden.split([e.answer_length for e in chosen])
+                self.retain_hidden |= {rows[g]: part.clone() for g, part in zip(group, parts, strict=True)}
+
+    def unit(self, term: str, index: int) -> Unit:
+        if term == "retain":
+            return Unit(term, index, (self.retain[index],))
+        sources = {"answers": self.forget, "refusals": self.refusals}
+        return Unit(term, index, tuple(sources[name][index] for name in self.inputs if name in sources))
+
+    def step(self, chosen: Iterable[tuple[int, int]]) -> list[Unit]:
+        """The units of one step from its (forget row, retain row) pairs."""
+        chosen = list(chosen)
+        units = [self.unit("forget", f) for f, _ in chosen]
+        return units + [self.unit("retain", r) for _, r in chosen if self.retain_function is not None]
+
+    def __call__(self, model: Any, units: Sequence[Unit]) -> Sums:
+        forget = [u for u in units if u.term == "forget"]
+        retain = [u for u in units if u.term == "retain"]
+        columns = len(forget[0].sequences) if forget else 0
+        examples = [u.sequences[c] for c in range(columns) for u in forget] + [u.sequences[0] for u in retain]
+        device = base_of(model).device
+        hidden = None
+        if retain and self.uses_original_logits:
+            hidden = torch.cat([self.retain_hidden[u.index] for u in retain]).to(device)
+        answers, original = answer_logits(model, collate(examples).to(device), hidden)
+        *blocks, kept = answers.split([len(forget)] * columns + [len(retain)])
+        sums: Sums = {}
+        if forget:
+            index = torch.tensor([u.index for u in forget])
+            given = {name: values[index].to(device) for name, values in self.constants.items()}
+            sequences = iter(blocks)
+            given |= {name: next(sequences) for name in self.inputs if name in ("answers", "refusals")}
+            sums["forget"] = self.forget_function(**given).sum()
+        if retain and self.retain_function is not None:
+            extra = {"original_logits": original} if self.uses_original_logits else {}
+            sums["retain"] = self.retain_function(kept, **extra).sum()
+        return sums
+
+
+def forget_steps(
+    objective: ForgetObjective, *, epochs: int, batch_size: int, pairing: str, seed: int
+) -> Iterator[list[Unit]]:
+    """The units of every step of the run, in an order that depends on the seed alone."""
+    groups = [[e.group for e in examples] for examples in (objective.forget, objective.retain)]
+    for epoch in range(epochs):
+        order = pairs(*groups, epoch=epoch, seed=seed, mode=pairing)
+        for start in range(0, len(order), batch_size):
+            yield objective.step(order[start : start + batch_size])
+
+
+def learn(model: Any, units: Sequence[Unit]) -> Sums:
+    """The objective of fine-tuning: NLL per answer token, summed over examples."""
+    batch = collate([u.sequences[0] for u in units]).to(base_of(model).device)
+    return {"learn": answer_logits(model, batch)[0].nll_mean.sum()}
+
+
+def learn_steps(examples: Sequence[Example], *, epochs: int, batch_size: int, seed: int) -> Iterator[list[Unit]]:
+    """Every example once per epoch, in a seeded order."""
+    groups = [None] * len(examples)
+    for epoch in range(epochs):
+        order = [i for i, _ in pairs(groups, groups, epoch=epoch, seed=seed, mode="random")]
+        for start in range(0, len(order), batch_size):
+            yield [Unit("learn", i, (examples[i],)) for i in order[start : start + batch_size]]
+
+
+def retain_penalty(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """ReGLU's regulariser .5 sum over sites ||B^T P||_F^2; each pair is a site's trainable B (out, r) and P (out, k).
+
+    It keeps what the adapter writes out of the directions P that retain outputs use. Paper: arXiv 2604.17396.
+    """
+    return 0.5 * torch.stack([(b.T @ p).square().sum() for b, p in pairs]).sum()

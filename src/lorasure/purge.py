@@ -1,0 +1,44 @@
+"""`lorasure purge`: what a run keeps of its data goes, the adapter and the scores stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import artifacts, folders
+from .errors import DataError
+
+# Anything that is not named here goes: a file that we do not know may hold anything.
+STAYS = {artifacts.CONFIG, artifacts.SUMMARY, artifacts.LOG, "scores.json"}
+STAYS_IN = {artifacts.ADAPTER, artifacts.MERGED}
+GONE = "removed"
+
+
+def purge(run: Path) -> list[str]:
+    """Remove from a run, or an evaluation, every file but settings, summary, log, scores, adapter and merged model.
+
+    Row hashes go from the text files among those. What an interrupted command left beside the run goes too. Returns the
+    names of what was removed. The run takes its new form whole, or stays as it was; what is deleted may still be read
+    off the disk by other means.
+    """
+    names = artifacts.read_manifest(run).keys()
+    stays = [name for name in names if name in STAYS or name.split("/")[0] in STAYS_IN]
+    hashes = _row_hashes(run)
+    with folders.changed_run(run, stays, overwrite=True) as changed:
+        for path in changed.rglob("*"):
+            if path.suffix in (".md", ".json", ".yaml", ".jsonl"):
+                text = path.read_text(encoding="utf-8")
+                clean = text
+                for value in hashes:
+                    clean = clean.replace(value, GONE)
+                if clean != text:
+                    artifacts.write_text(path, clean)
+    return sorted(names - set(stays))
+
+
+def _row_hashes(run: Path) -> set[str]:
+    """Every sha256 of rows that the run's own account of its data names."""
+    try:
+        data = artifacts.read_json(run / artifacts.DATA)
+    except DataError:
+        return set()
+    return {part["sha256"] for part in data.values()}

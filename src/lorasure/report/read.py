@@ -1,0 +1,268 @@
+"""Run, evaluation and attack folders -> one plain data structure, joined by hashes. No model, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import artifacts
+from ..errors import DataError, UsageError
+from ..evaluate.evaluation import ABOUT, SCORES, Evaluation, check_comparable, read_evaluation
+from ..evaluate.metrics import Score, forget_quality, truth_ratio_values
+
+ATTACK = "attack.json"
+ATTACKS = "attacks.jsonl"
+ROLES = ("before", "after", "retrained")  # the base as it was, with the run's adapter, trained without the forget set
+KINDS = {ABOUT: "evaluation", ATTACK: "attack", artifacts.SUMMARY: "run"}  # file that tells -> kind of folder
+Scores = dict[str, Score]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation and its scores."""
+
+    evaluation: Evaluation
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The evaluations on one suite that belong to a run: role -> Measured, in the order of ROLES."""
+
+    name: str
+    models: dict[str, Measured]
+
+    def score(self, role: str, name: str) -> Score | None:
+        """A score if it was measured and is defined."""
+        found = self.models[role].scores.get(name) if role in self.models else None
+        return found if found is not None and found.value is not None else None
+
+
+@dataclass(frozen=True)
+class Point:
+    """Scores of the forget set at one point of an attack; `subject` is "unlearned" or "retrained".
+
+    The attack "none" is the model as it is; an attack with one form has the point None.
+    """
+
+    attack: str
+    point: float | None
+    subject: str
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what belongs to it. What a stage has not written yet is empty.
+
+    `files`: name -> sha256. `data`: empty after a purge. `steps`: lines of train.jsonl. `importance`: site -> mean
+    entry of its map (importance/scores.py). `attacked`: attack.json, None if there is no such folder; `points`:
+    its results.
+    """
+
+    name: str
+    folder: Path
+    files: dict[str, str]
+    summary: dict[str, Any]
+    data: dict[str, Any]
+    steps: list[dict[str, Any]]
+    importance: dict[str, float]
+    suites: list[Suite] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    attacked: dict[str, Any] | None = None
+
+    def checked(self, when: str) -> Scores:
+        """The run's own check, `when` "before" or "after": probability of the forget and the retain set."""
+        return {f"{name}_probability": Score.from_json(part) for name, part in self.summary.get(when, {}).items()}
+
+    @property
+    def adapter(self) -> str | None:
+        """sha256 of the adapter's weights."""
+        return self.files.get(f"{artifacts.ADAPTER}/adapter_model.safetensors")
+
+    def role(self, about: Mapping[str, Any]) -> str | None:
+        """What an evaluated model is to this run; None if it is another run's adapter."""
+        if about["adapter"]:
+            return "after" if about["adapter"]["sha256"] == self.adapter else None
+        weights = set(about["model"]["files"].values())
+        merged = {digest for name, digest in self.files.items() if name.startswith(f"{artifacts.MERGED}/")}
+        if weights and weights <= merged:
+            return "after"
+        return "before" if _identity(about["model"]) == _identity(self.summary["base"]) else "retrained"
+
+
+def _identity(model: Mapping[str, Any]) -> Any:
+    return model["files"] or (model["source"], model["revision"])
+
+
+def truth_ratios(measured: Measured) -> np.ndarray | None:
+    """Truth ratio R (TOFU, geometric mean) of every row of the forget set; None where it was not measured."""
+    evaluation = measured.evaluation
+    if not (evaluation.has("forget", "wrong_nll") and evaluation.has("forget", "paraphrase_nll")):
+        return None
+    return truth_ratio_values(*(evaluation.column("forget", name) for name in ("paraphrase_nll", "wrong_nll")))
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs among `paths`, each with its evaluations and attacks: those among `paths`, and those found beside it.
+
+    Beside it are the folders whose name is the run's and a hyphen; where they measure what one of `paths` measures,
+    that one counts. What lies beside one run serves another of the same base and forget set that has none of its own.
+    Raises UsageError without a run, DataError for a folder of another kind, one that belongs to no
+    run, two that measure the same, and models of a run that were evaluated on other rows, template or tokenizer.
+    """
+    given = [(Path(path), _kind(Path(path))) for path in paths]
+    runs = [_read_run(path) for path, kind in given if kind == "run"]
+    if not runs:
+        raise UsageError("Name at least one run folder, that of `lorasure forget --out`.")
+    named = [path for path, kind in given if kind != "run"]
+    homeless = [path for path in named if not any(_belongs(path, run) for run in runs)]
+    if homeless:
+        names = ", ".join(run.name for run in runs)
+        raise DataError(f"{homeless[0]}: it was made with another adapter than that of {names}.")
+    beside = {run.name: _beside(run, named) for run in runs}
+    found = []
+    for run in runs:
+        lent = [[p] for other in runs if _same_task(run, other) for p in beside[other.name] if _belongs(p, run)]
+        found.append(_joined(run, [[p for p in named if _belongs(p, run)], beside[run.name], *lent]))
+    return found
+
+
+def _same_task(run: Run, other: Run) -> bool:
+    task, its = ((_identity(r.summary["base"]), r.data.get("forget", {}).get("sha256")) for r in (run, other))
+    return run is not other and task == its and task[1] is not None
+
+
+def _kind(path: Path) -> str:
+    for name, kind in KINDS.items():
+        if (path / name).is_file():
+            return kind
+    raise DataError(f"{path}: neither a run nor an evaluation nor an attack folder (none of {', '.join(KINDS)}).")
+
+
+@contextmanager
+def _ours(path: Path) -> Iterator[None]:
+    """What the block reads is laid out as we write it, or a DataError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not laid out as this program writes it ({type(error).__name__}: {error}).") from error
+
+
+def _read_run(path: Path) -> Run:
+    files = artifacts.read_manifest(path)
+    there = [name for name in (artifacts.DATA, artifacts.LOG, artifacts.START) if name in files]
+    artifacts.check_run(path, artifacts.SUMMARY, *there)
+    with _ours(path):
+        summary = artifacts.read_json(path / artifacts.SUMMARY)
+        steps = _lines(path / artifacts.LOG) if artifacts.LOG in there else []
+        start = artifacts.read_about(path / artifacts.START) if artifacts.START in there else {}
+        data = artifacts.read_json(path / artifacts.DATA) if artifacts.DATA in there else {}
+        return Run(path.resolve().name, path, files, summary, data, steps, start.get("importance", {}))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    name = next(name for name in KINDS if (folder / name).is_file())
+    artifacts.check_run(folder, name)
+    return artifacts.read_json(folder / name)
+
+
+def _belongs(folder: Path, run: Run) -> bool:
+    with _ours(folder):
+        if _kind(folder) == "attack":
+            return _about(folder)["adapter"]["sha256"] == run.adapter
+        return run.role(_about(folder)) is not None
+
+
+def _beside(run: Run, named: Sequence[Path]) -> list[Path]:
+    """Folders that begin with this run's name, not with another run's longer one, and belong to it; without `named`."""
+    place = run.folder.resolve().parent
+    folders = [path for path in sorted(place.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    runs = [path.name for path in folders if (path / artifacts.SUMMARY).is_file()]
+    found = []
+    for path in folders:
+        owners = [name for name in runs if path.name.startswith(f"{name}-")]
+        measured = any((path / name).is_file() for name in (ABOUT, ATTACK))
+        if measured and owners and max(owners, key=len) == run.name:
+            found.append(path)
+    other = {path.resolve() for path in named}
+    return [path for path in found if path.resolve() not in other and _belongs(path, run)]
+
+
+def _joined(run: Run, groups: Sequence[Sequence[Path]]) -> Run:
+    """The run with what `groups` of folders hold; what an earlier group measured counts."""
+    suites: dict[str, dict[str, Measured]] = {}
+    attacks: list[Path] = []
+    for folders in groups:
+        earlier = {(suite, role) for suite, models in suites.items() for role in models}
+        for folder in [f for f in folders if _kind(f) == "evaluation"]:
+            _add(run, suites, folder, earlier)
+        attacks = attacks or [f for f in folders if _kind(f) == "attack"]
+    if len(attacks) > 1:
+        raise DataError(f"{attacks[0]} and {attacks[1]} both attack {run.name}; name the one that counts, and only it.")
+    suites = {name: {role: models[role] for role in ROLES if role in models} for name, models in suites.items()}
+    for models in suites.values():
+        first, *rest = models.values()
+        for other in rest:
+            check_comparable(first.evaluation, other.evaluation)
+    run = replace(run, suites=[Suite(name, _with_quality(models)) for name, models in suites.items()])
+    return _attacked(run, attacks[0]) if attacks else run
+
+
+def _add(run: Run, suites: dict[str, dict[str, Measured]], folder: Path, earlier: set[tuple[str, str]]) -> None:
+    with _ours(folder):
+        evaluation = read_evaluation(folder)
+        artifacts.check_run(folder, SCORES)
+        scores = {name: Score.from_json(s) for name, s in artifacts.read_json(folder / SCORES).items()}
+        about = evaluation.about
+        suite = " ".join(part for part in (about["suite"], about["split"]) if part)
+        role = str(run.role(about))
+    if (suite, role) in earlier:
+        return
+    models = suites.setdefault(suite, {})
+    if role in models:
+        raise DataError(
+            f"{models[role].evaluation.source} and {folder} both measure {run.name} ({suite}, {role}); "
+            "name the one that counts, and only it."
+        )
+    models[role] = Measured(evaluation, scores)
+
+
+def _with_quality(models: dict[str, Measured]) -> dict[str, Measured]:
+    """The same, with forget quality where it was undefined because each model was evaluated on its own."""
+    if "retrained" not in models:
+        return models
+    reference = truth_ratios(models["retrained"])
+    found = dict(models)
+    for role, measured in models.items():
+        own = truth_ratios(measured)
+        score = measured.scores.get("forget_quality")
+        if role != "retrained" and score and score.value is None and own is not None and reference is not None:
+            scores = measured.scores | {"forget_quality": forget_quality(own, reference)}
+            found[role] = replace(measured, scores=scores)
+    return found
+
+
+def _attacked(run: Run, folder: Path) -> Run:
+    artifacts.check_run(folder, ATTACKS)
+    with _ours(folder):
+        points = [
+            Point(
+                line["attack"],
+                line["point"],
+                line["subject"],
+                {name: Score.from_json(score) for name, score in line["scores"].items()},
+            )
+            for line in _lines(folder / ATTACKS)
+        ]
+    return replace(run, points=points, attacked=_about(folder))

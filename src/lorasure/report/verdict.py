@@ -1,0 +1,163 @@
+"""A run's four promises in plain words, each with the figures behind it. What was not measured is "not shown"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..artifacts import MERGED
+from ..evaluate.gate import SCORES, UNDOES
+from ..evaluate.metrics import Score
+from .read import Point, Run, Scores
+from .tables import NAMES, shown
+
+STILL_KNOWN = 0.5  # more than this share of what the model knew before is left: not forgotten (as in the run's verdict)
+KEPT = 0.95  # less than this share of the utility before is left: harmed (as in the run's verdict)
+SIGNIFICANT = 0.05  # p below which two distributions of truth ratios count as different
+KNOWLEDGE = tuple(SCORES)  # of the forget set, the most trustworthy first
+UTILITY = ("model_utility", "model_utility_without_rouge", "retain_probability")
+SUPPRESSED = "An adapter suppresses, it does not erase: whoever holds the base can leave it out or scale it down"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """`tone`: good, partly, bad or none, for the eye; `answer` says the same in words."""
+
+    question: str
+    answer: str
+    tone: str
+    text: str
+    figures: tuple[tuple[str, str], ...] = ()
+
+
+def promises(run: Run) -> list[Promise]:
+    """Forgotten? Kept? Robust? Removable?"""
+    return [_forgotten(run), _kept(run), _robust(run), _removable(run)]
+
+
+Columns = dict[str, Scores]
+
+
+def _columns(run: Run) -> list[Columns]:
+    """Role -> scores: of every suite, best known first, and of the run's own check."""
+    suites = [{role: m.scores for role, m in suite.models.items()} for suite in run.suites]
+    return [*suites, {when: run.checked(when) for when in ("before", "after")}]
+
+
+def _pick(run: Run, names: tuple[str, ...]) -> tuple[str, dict[str, Score]] | None:
+    """The first of `names` that is defined before and after, and its score per role."""
+    for columns in _columns(run):
+        for name in names:
+            found = {role: s for role, scores in columns.items() if (s := scores.get(name)) and s.value is not None}
+            if "before" in found and "after" in found:
+                return name, found
+    return None
+
+
+def _figures(name: str, scores: dict[str, Score]) -> tuple[tuple[str, str], ...]:
+    label = NAMES.get(name.removeprefix("forget_").removeprefix("retain_"), name)
+    return tuple((f"{label}, {role}", f"{shown(score)} (n = {score.n})") for role, score in scores.items())
+
+
+def _value(score: Score) -> float:
+    assert score.value is not None
+    return score.value
+
+
+def _least(score: Score) -> float:
+    return _value(score) if score.low is None else score.low
+
+
+def _most(score: Score) -> float:
+    return _value(score) if score.high is None else score.high
+
+
+def _forgotten(run: Run) -> Promise:
+    question = "Forgotten?"
+    found = _pick(run, tuple(f"forget_{name}" for name in KNOWLEDGE))
+    if found is None:
+        return _not_shown(question, "The forget set was not measured before and after.")
+    name, scores = found
+    before, after = _value(scores["before"]), _value(scores["after"])
+    figures = _figures(name, scores)
+    if after > STILL_KNOWN * before:
+        return Promise(question, "No", "bad", "More than half of what the model knew of it is still there.", figures)
+    if "retrained" not in scores:
+        text = "Less than half of it is left. How far it should fall is unknown: no retrained model was measured."
+        return Promise(question, "By this measure", "good", text, figures)
+    quality = next((q.extra for s in run.suites if (q := s.score("after", "forget_quality"))), {})
+    p = quality.get("p")
+    if isinstance(p, float):
+        figures += (("Same truth ratios as retrained: p", f"{p:.3g} (D = {quality['statistic']:.3f})"),)
+    if after > _most(scores["retrained"]):
+        return Promise(question, "In part", "partly", "More is left than in a model that never saw it.", figures)
+    if isinstance(p, float) and p < SIGNIFICANT:
+        text = "No more is left than in a model that never saw it, but its truth ratios give the two apart."
+        return Promise(question, "In part", "partly", text, figures)
+    return Promise(question, "Yes", "good", "No more is left than in a model that never saw it.", figures)
+
+
+def _kept(run: Run) -> Promise:
+    question = "The rest kept?"
+    found = _pick(run, UTILITY)
+    if found is None:
+        return _not_shown(question, "Nothing to keep was measured before and after.")
+    name, scores = found
+    share = _value(scores["after"]) / _value(scores["before"]) if _value(scores["before"]) else 1.0
+    figures = (("Share that is left", f"{share:.1%}"), *_figures(name, scores))
+    if share < KEPT:
+        tone = "bad" if share < STILL_KNOWN else "partly"
+        return Promise(question, "Not all of it", tone, "The rest suffered.", figures)
+    text = "Measured on rows like those of training; it does not show that everything else is unharmed."
+    return Promise(question, "Yes", "good", text, figures)
+
+
+def _robust(run: Run) -> Promise:
+    """From all attacks but that of taking the adapter out, which is the next promise."""
+    question = "Robust?"
+    attacked = [p for p in run.points if p.attack not in (UNDOES, "none") and p.subject == "unlearned"]
+    metric = next((m for m in KNOWLEDGE if any(_defined(p, m) for p in attacked)), None)
+    if metric is None:
+        return _not_shown(question, "No attack was run; further training or other prompts may bring it back.")
+    retrained = {place(p): p.scores[metric] for p in run.points if p.subject == "retrained" and _defined(p, metric)}
+    pairs = [(p, retrained.get(place(p))) for p in attacked if _defined(p, metric)]
+    point, reference = max(pairs, key=lambda pair: _value(pair[0].scores[metric]) - (_value(pair[1]) if pair[1] else 0))
+    score = point.scores[metric]
+    figures = ((f"{NAMES[metric]}, worst: {place(point)}", f"{shown(score)} (n = {score.n})"),)
+    if reference:
+        figures += (("The same attack on the retrained model", f"{shown(reference)} (n = {reference.n})"),)
+    before = next((s for c in _columns(run) if (s := c.get("before", {}).get(f"forget_{metric}")) and s.value), None)
+    if before:
+        figures += _figures(metric, {"before": before})
+    if all(r and _least(p.scores[metric]) <= _most(r) for p, r in pairs):
+        text = "No attack that was run brings back more than it does in a model that never saw the forget set."
+        return Promise(question, "Against these attacks", "good", text, figures)
+    if before and _value(score) > STILL_KNOWN * _value(before):
+        return Promise(question, "No", "bad", "An attack brings more than half of it back.", figures)
+    text = "An attack brings some of it back." if reference else "There is no retrained model to compare it with."
+    return Promise(question, "In part", "partly", text, figures)
+
+
+def place(point: Point) -> str:
+    """Attack and point in words."""
+    if point.attack == "none":
+        return "not attacked"
+    return point.attack if point.point is None else f"{point.attack} {point.point:g}"
+
+
+def _defined(point: Point, metric: str) -> bool:
+    return metric in point.scores and point.scores[metric].value is not None
+
+
+def _removable(run: Run) -> Promise:
+    question = "Removable?"
+    scaled = [p for p in run.points if p.attack == UNDOES and p.subject == "unlearned"]
+    metric = next((m for m in KNOWLEDGE if scaled and all(_defined(p, m) for p in scaled)), "")
+    figures = tuple((f"{NAMES[metric]}, adapter x {p.point:g}", shown(p.scores[metric])) for p in scaled if metric)
+    if any(name.startswith(f"{MERGED}/") for name in run.files):
+        text = f"{SUPPRESSED}. Merged weights were written too; in those there is nothing to leave out."
+        return Promise(question, "The adapter, yes", "partly", text, figures)
+    return Promise(question, "Yes", "partly", f"{SUPPRESSED}. Give away merged weights only.", figures)
+
+
+def _not_shown(question: str, text: str) -> Promise:
+    return Promise(question, "Not shown", "none", text)

@@ -1,0 +1,75 @@
+"""`verify` names every file that is not as it was written; `purge` leaves no text and no hash of a row."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasure import artifacts, cli, folders, pipeline, purge
+from lorasure.config import ForgetSettings
+from lorasure.errors import DataError
+
+
+@pytest.fixture
+def run(model_folder, data_files, tmp_path):
+    forget, retain = map(str, data_files)
+    common = {"model": str(model_folder), "forget": forget, "retain": retain, "rank": 2, "epochs": 1, "merge": True}
+    return pipeline.forget(ForgetSettings(**common, out=str(tmp_path / "run"))).folder
+
+
+def test_verify_names_every_difference(run, capfd):
+    assert cli.main(["verify", str(run)]) == 0
+    assert "every file is as it was written" in capfd.readouterr().out
+    (run / "train.jsonl").unlink()
+    (run / "adapter" / "extra.bin").write_bytes(b"x")
+    data = bytearray((run / "trained.safetensors").read_bytes())
+    data[-1] ^= 1
+    (run / "trained.safetensors").write_bytes(data)
+    assert cli.main(["verify", str(run)]) == 3
+    said = capfd.readouterr().err
+    for part in ("adapter/extra.bin extra", "train.jsonl missing", "trained.safetensors changed"):
+        assert part in said
+    assert len(said.strip().splitlines()) == 1
+    assert cli.main(["verify", str(run.parent)]) == 3
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
+def test_a_manifest_that_leaves_its_folder_is_refused(run, name):
+    artifacts.write_json(run / "manifest.json", {"files": {name: {"sha256": "0", "bytes": 1}}})
+    with pytest.raises(DataError, match="not one of ours"):
+        artifacts.differences(run)
+
+
+def test_purge_leaves_the_adapter_and_the_scores_and_no_hash(run, tmp_path, capfd):
+    hashes = purge._row_hashes(run)
+    kept = {p: p.read_bytes() for p in (run / "adapter").iterdir() if p.suffix != ".md"}
+    before = artifacts.read_json(run / "summary.json")
+    secrets = [*hashes, "It is person"]
+    assert len(hashes) == 2 and any(value in (run / "adapter" / "README.md").read_text() for value in hashes)
+    assert cli.main(["purge", str(run)]) == 0
+    said = capfd.readouterr().out
+    gone = ("data.json", "identity.json", "importance.safetensors", "init.safetensors", "trained.safetensors")
+    assert all(name in said and not (run / name).exists() for name in gone)
+    for path in [p for p in run.rglob("*") if p.is_file()]:
+        assert not any(secret.encode() in path.read_bytes() for secret in secrets), path
+    folders.verify(run)
+    assert {p: p.read_bytes() for p in kept} == kept and artifacts.read_json(run / "summary.json") == before
+    assert (run / "merged" / "model.safetensors").exists() and not list(tmp_path.glob(".*"))
+    assert cli.main(["purge", str(run)]) == 0
+    assert "nothing to remove" in capfd.readouterr().out
+
+
+def test_purge_removes_what_it_does_not_know_and_what_lies_beside(run, tmp_path):
+    artifacts.write_text(run / "records" / "forget.jsonl", "It is person 7")
+    artifacts.write_manifest(run)
+    artifacts.write_text(tmp_path / ".run.partial" / "identity.json", '{"carried": []}')
+    artifacts.write_text(tmp_path / ".run.partial" / "records.jsonl", "It is person 7")
+    assert "records/forget.jsonl" in purge.purge(run)
+    assert not (run / "records").exists() and not (tmp_path / ".run.partial").exists()
+
+
+def test_a_purge_that_fails_changes_nothing(run, monkeypatch):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    monkeypatch.setattr(folders, "_swap", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        purge.purge(run)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

@@ -1,0 +1,341 @@
+"""Report and comparison from folders alone: what is joined, what is refused, what is said and what is not."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ks_2samp
+
+import lorasure
+from lorasure import artifacts, cli
+from lorasure.errors import DataError, UsageError
+from lorasure.evaluate.metrics import Score, forget_quality
+from lorasure.importance.measure import Importance
+from lorasure.report import charts
+from lorasure.report.compare import compare_runs
+from lorasure.report.contents import contents
+from lorasure.report.page import report
+from lorasure.report.read import read_runs, truth_ratios
+from lorasure.report.settings import CompareSettings, ReportSettings
+from lorasure.report.style import COLOURS, inline_svg, save
+from lorasure.report.tables import CHECK, compare, score_table
+from lorasure.report.verdict import promises
+from lorasure.workbench import Workbench
+from report_folders import RETRAINED, adapter_of, make_all, make_attack, make_evaluation, make_run
+
+
+def page_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_folders_are_joined_by_hashes_not_by_names(tmp_path):
+    run = make_run(tmp_path / "run")
+    other = make_run(tmp_path / "run-longer", "another adapter")
+    make_evaluation(tmp_path / "run-x", adapter=adapter_of(run))
+    make_evaluation(tmp_path / "run-y")
+    make_evaluation(tmp_path / "run-z", model=RETRAINED)
+    make_evaluation(tmp_path / "run-longer-x", 0.5, adapter=adapter_of(other))
+    make_evaluation(tmp_path / "run-longer-y")
+    make_evaluation(tmp_path / "run-foreign", 0.5, adapter={"source": "", "sha256": "nobody's"})
+    make_attack(tmp_path / "run-attacks", run)
+    (found,) = read_runs([run])
+    sources = {role: Path(m.evaluation.source).name for role, m in found.suites[0].models.items()}
+    assert sources == {"before": "run-y", "after": "run-x", "retrained": "run-z"} and found.points
+    (found,) = read_runs([other])
+    assert list(found.suites[0].models) == ["before", "after"] and found.attacked is None
+
+
+def test_merged_weights_are_the_run_itself(tmp_path):
+    run = make_run(tmp_path / "run")
+    artifacts.write_text(run / "merged/model.safetensors", "merged")
+    artifacts.write_manifest(run)
+    weights = {"model.safetensors": artifacts.sha256(run / "merged/model.safetensors")}
+    make_evaluation(tmp_path / "run-merged", 0.1, model=RETRAINED | {"files": weights})
+    assert list(read_runs([run])[0].suites[0].models) == ["after"]
+
+
+def test_what_is_named_counts_before_what_lies_beside(tmp_path):
+    run = make_all(tmp_path)
+    named = make_evaluation(tmp_path / "elsewhere", 0.4, adapter=adapter_of(run))
+    (found,) = read_runs([run, named])
+    assert found.suites[0].models["after"].evaluation.source == str(named)
+    assert set(found.suites[0].models) == {"before", "after", "retrained"}
+
+
+def test_a_run_borrows_the_references_of_another_with_the_same_task(tmp_path):
+    first = make_all(tmp_path)
+    second = make_run(tmp_path / "second", "another")
+    make_evaluation(tmp_path / "second-after", 0.3, adapter=adapter_of(second))
+    runs = read_runs([second, first])
+    assert set(runs[0].suites[0].models) == {"before", "after", "retrained"} and runs[0].attacked is None
+    third = make_run(tmp_path / "third", "third", base=RETRAINED)
+    assert not read_runs([third, first])[0].suites
+
+
+def test_refusals_name_the_folder(tmp_path):
+    run = make_all(tmp_path)
+    (tmp_path / "empty").mkdir()
+    foreign = make_evaluation(tmp_path / "foreign", adapter={"source": "", "sha256": "nobody's"})
+    with pytest.raises(DataError, match="empty: neither a run nor"):
+        read_runs([run, tmp_path / "empty"])
+    with pytest.raises(DataError, match="foreign: it was made with another adapter"):
+        read_runs([run, foreign])
+    with pytest.raises(UsageError, match="at least one run"):
+        read_runs([tmp_path / "run-before"])
+    make_evaluation(tmp_path / "run-before2")
+    with pytest.raises(DataError, match=r"run-before and .*run-before2 both measure run"):
+        read_runs([run])
+    (run / artifacts.LOG).write_text("{}")
+    with pytest.raises(DataError, match="changed after it was written"):
+        read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [({"n": 11}, "cannot be compared: set .* has"), ({"template": "chat"}, "template"), ({"tokenizer": "x"}, "tok")],
+)
+def test_what_does_not_mean_the_same_is_not_compared(tmp_path, about, said, capsys):
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", "another")
+    make_evaluation(tmp_path / "one-after", adapter=adapter_of(one))
+    make_evaluation(tmp_path / "other-after", adapter=adapter_of(other), **about)
+    assert cli.main(["compare", str(one), str(other)]) == DataError.exit_code
+    assert cli.main(["report", str(one), str(other)]) == DataError.exit_code
+    assert re.search(said, capsys.readouterr().err)
+    make_evaluation(tmp_path / "one-before", **about)
+    with pytest.raises(DataError, match=said):
+        read_runs([one])
+
+
+def test_runs_on_other_rows_are_not_compared(tmp_path):
+    part = {"rows": 6, "sha256": "other rows", "template": "qa"}
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", "b", data={"forget": part})]
+    with pytest.raises(DataError, match="their forget rows differ"):
+        compare(read_runs(runs))
+
+
+def test_forget_quality_is_filled_in_from_the_records(tmp_path):
+    suite = read_runs([make_all(tmp_path)])[0].suites[0]
+    ratios = {role: truth_ratios(m) for role, m in suite.models.items()}
+    for role in ("before", "after"):
+        assert suite.models[role].scores["forget_quality"] == forget_quality(ratios[role], ratios["retrained"])
+    assert suite.models["retrained"].scores["forget_quality"].value is None
+
+
+def said(run):
+    return {p.question.rstrip("?"): p for p in promises(run)}
+
+
+def test_promises_of_a_run_that_was_only_made(tmp_path):
+    for name, after, forgotten, kept in (
+        ("a", (0.1, 0.84), "By this measure", "Yes"),
+        ("b", (0.6, 0.5), "No", "Not all of it"),
+    ):
+        found = said(read_runs([make_run(tmp_path / name, after=after)])[0])
+        answers = [found[q].answer for q in ("Forgotten", "The rest kept", "Robust", "Removable")]
+        assert answers == [forgotten, kept, "Not shown", "Yes"]
+        assert found["Forgotten"].figures[1][1].startswith(f"{after[0]:.3f} [")
+
+
+@pytest.mark.parametrize(
+    ("knows", "retrained", "answer"),
+    [(0.9, 0.1, "No"), (0.1, 0.1, "Yes"), (0.75, 0.05, "In part"), (0.1, 0.9, "In part")],
+)
+def test_forgetting_is_held_against_the_retrained_model(tmp_path, knows, retrained, answer):
+    run = make_run(tmp_path / "run")
+    make_evaluation(tmp_path / "run-a", 0.99, n=40)
+    make_evaluation(tmp_path / "run-b", knows, adapter=adapter_of(run), n=40, seed=1)
+    make_evaluation(tmp_path / "run-c", retrained, model=RETRAINED, n=40, seed=2)
+    assert said(read_runs([run])[0])["Forgotten"].answer == answer
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "retrained", "answer"),
+    [(0.2, 0.3, "Against these attacks"), (0.9, 0.3, "No"), (0.3, 0.2, "In part"), (0.2, None, "In part")],
+)
+def test_robustness_is_the_worst_attack_against_the_retrained_model(tmp_path, unlearned, retrained, answer):
+    run = make_run(tmp_path / "run")
+    make_evaluation(tmp_path / "run-before", 0.99)
+    make_attack(tmp_path / "run-attacks", run, unlearned, retrained)
+    found = said(read_runs([run])[0])
+    assert found["Robust"].answer == answer
+    assert found["Removable"].figures == (("Extraction strength, adapter x 0", "0.900 [0.890, 0.910]"),)
+
+
+def test_what_was_not_shown_is_said(tmp_path):
+    lines = " ".join(contents("run", read_runs([make_run(tmp_path / "run")])[0]).not_shown)
+    assert "No evaluation was found" in lines and "Attacks: none was run" in lines
+    lines = " ".join(contents("run", read_runs([make_all(tmp_path / "all")])[0]).not_shown)
+    assert (
+        "nf4 (unlearned): bitsandbytes is not installed" in lines
+        and "--keep-text" in lines
+        and "none was run" not in lines
+    )
+
+
+def test_a_purged_or_unfinished_run_still_has_a_report(tmp_path):
+    run = make_run(tmp_path / "run", steps=0)
+    for name in (artifacts.DATA, artifacts.START, artifacts.LOG):
+        (run / name).unlink()
+    summary = artifacts.read_json(run / artifacts.SUMMARY)
+    artifacts.write_json(run / artifacts.SUMMARY, {name: summary[name] for name in ("base", "settings")})
+    artifacts.write_manifest(run)
+    text = page_of(report([run], ReportSettings()))
+    assert "Nothing was measured yet" in text and text.count("Not shown") >= 3
+
+
+NO_MODELS = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "peft", "datasets", "accelerate"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from lorasure.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_report_and_compare_need_neither_torch_nor_a_model(tmp_path):
+    run, other = make_all(tmp_path), make_run(tmp_path / "other", "another")
+    for command in (["report", run], ["compare", run, other, "--json"]):
+        done = subprocess.run([sys.executable, "-c", NO_MODELS, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == {CHECK, "own"}
+
+
+def test_the_page_is_whole_private_and_asks_for_nothing(tmp_path):
+    out = report([make_all(tmp_path)], ReportSettings())
+    text = page_of(out)
+    assert out == tmp_path / "run-report.html" and out.stat().st_mode & 0o777 == 0o600
+    links = set(re.findall(r"https?://[^\"' <]*", text))
+    assert links == {"http://www.w3.org/1999/xlink"}, "a name, not an address"
+    assert not re.search(r"(?:src|href)=\"(?!#)", text.replace('xlink:href="#', "")) and "@import" not in text
+    assert text.index("<title>") > text.index("default-src 'none'")
+    ids = re.findall(r'\sid="([^"]+)"', text)
+    assert len(set(ids)) == len(ids)
+    used = re.findall(r'(?:href="#|url\(#|data-for=")([^")]+)', text[: text.index("<script>")])
+    assert set(used) | set(" ".join(re.findall(r'aria-labelledby="([^"]+)"', text)).split()) <= set(ids)
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \x1b[31mred \u202eright to left {{ 7 * 7 }} $x_1^"
+
+
+def test_hostile_text_stays_text_and_becomes_visible(tmp_path):
+    text = page_of(report([make_all(tmp_path, text=HOSTILE)], ReportSettings()))
+    assert text.count("<script>") == 1 and "<img" not in text and "&lt;script&gt;alert(1)" in text
+    assert "\x1b" not in text and "\u202e" not in text and "\\x1b[31mred \\u202eright" in text and "{{ 7 * 7 }}" in text
+
+
+def test_hostile_names_of_folders(tmp_path, capsys):
+    run, other = make_all(tmp_path, "<b>$x_1^{\x1b[2J&#"), make_run(tmp_path / "[red]_other", "another")
+    text = page_of(report([run, other], ReportSettings()))
+    assert "<b>$x" not in text and "\x1b" not in text and "&lt;b&gt;$x_1^{\\x1b[2J&amp;#" in text
+    for style in ("table", "markdown", "latex"):
+        assert cli.main(["compare", str(run), str(other), "--format", style]) == 0
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown and "red" in shown
+
+
+def test_only_a_report_is_replaced(tmp_path):
+    run, mine = make_run(tmp_path / "run"), tmp_path / "thesis.html"
+    mine.write_text("<!doctype html> mine")
+    with pytest.raises(UsageError, match="not an earlier report"):
+        report([run], ReportSettings(out=str(mine)))
+    assert mine.read_text() == "<!doctype html> mine"
+    first = report([run], ReportSettings())
+    assert report([run], ReportSettings()) == first
+    with pytest.raises(UsageError, match="--plots"):
+        report([run], ReportSettings(plots="gif"))
+
+
+def test_size_of_a_report_on_400_rows_with_text(tmp_path):
+    out = report(
+        [make_all(tmp_path, text="What is this about, and who could have known? " * 2, n=200)], ReportSettings()
+    )
+    assert out.stat().st_size < 500_000
+
+
+def test_plots_are_files_for_papers(tmp_path):
+    run = make_all(tmp_path)
+    report([run], ReportSettings(plots="svg"))
+    files = sorted((tmp_path / "run-report-plots").iterdir())
+    assert {"own-truth-ratio", "own-tradeoff", "training", "importance", "attack-relearn"} <= {f.stem for f in files}
+    assert all(f.suffix == ".svg" and f.read_bytes().startswith(b"<?xml") for f in files)
+    assert save(charts.training(read_runs([run])[0].steps), "png").startswith(b"\x89PNG")
+
+
+def test_a_chart_says_the_same_on_the_page_and_in_a_file(tmp_path):
+    for chart in contents("run", read_runs([make_all(tmp_path)])[0]).charts:
+        page, file = inline_svg(chart, "p"), save(chart, "svg").decode()
+        words = [re.findall(r"<text[^>]*>([^<]*)</text>", svg) for svg in (page, file)]
+        assert words[0] == words[1] and words[0], chart.name
+        assert not any(light in page for light, _ in COLOURS.values()) and "DejaVu" not in page
+        assert 'role="img"' in page and "<title" in page and "<desc" in page and len(page) < len(file)
+
+
+def test_the_marked_distance_is_that_of_the_ks_test():
+    rng = np.random.default_rng(0)
+    for n, m in ((40, 40), (30, 7), (200, 300)):
+        one, other = rng.lognormal(0, 1, n), rng.lognormal(0.4, 1, m)
+        _, low, high = charts._ks_distance(one, other)
+        assert high - low == pytest.approx(ks_2samp(one, other).statistic, abs=1e-12)
+
+
+def test_importance_by_layer_in_the_order_of_layers(tmp_path):
+    chart = charts.importance(read_runs([make_run(tmp_path / "run")])[0].importance | {"lm_head": 0.0})
+    assert [row[0] for row in chart.rows] == [*map(str, range(12)), ""]
+    assert chart.columns == ("layer", "down_proj", "up_proj", "lm_head")
+    assert chart.rows[11][1] == "1e+06" and "model.layers.11.mlp." in chart.description
+
+
+def test_the_best_run_is_marked_by_what_is_wanted_of_the_score():
+    def scores(forget, retain):
+        return {"forget_probability": Score(forget, 9), "retain_probability": Score(retain, 9), "odd": Score(retain, 9)}
+
+    columns = {"before": scores(0.0, 1.0), "a": scores(0.3, 0.8), "b": scores(0.2, 0.8), "retrained": scores(0.1, 0.9)}
+    table = score_table("own", columns, ("forget", "retain"), ("a", "b"))
+    assert {row.key: row.best for row in table.rows} == {
+        "odd": frozenset(),
+        "forget_probability": {2},
+        "retain_probability": {1, 2},
+    }
+
+
+def test_comparison_in_every_form(tmp_path, capsys):
+    runs = [make_all(tmp_path), make_run(tmp_path / "other_run", "another", after=(0.05, 0.7))]
+    settings = CompareSettings()
+    tables = compare_runs(runs, settings)
+    assert [t.columns for t in tables] == [("before", "run", "other_run"), ("before", "run", "retrained")]
+    assert "0.050 [0.040, 0.060] *" in capsys.readouterr().out
+    compare_runs(runs, replace(settings, format="markdown"))
+    assert "**0.050 \\[0.040, 0.060\\]** |" in capsys.readouterr().out
+    out = tmp_path / "table.tex"
+    compare_runs(runs, replace(settings, format="latex", out=str(out)))
+    text = out.read_text()
+    assert r"\textbf{0.050 [0.040, 0.060]} \\" in text and r"other\_run" in text and "{$-$" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    with pytest.raises(UsageError, match="--overwrite"):
+        compare_runs(runs, replace(settings, out=str(out)))
+    compare_runs(runs, replace(settings, out=str(out), overwrite=True, json=True))
+    found = json.loads(out.read_text())
+    assert found[CHECK]["forget_probability"]["other_run"]["value"] == 0.05
+    assert found["own"]["forget_quality"]["run"].keys() >= {"value", "n", "p", "statistic", "method"}
+    with pytest.raises(UsageError, match="two run folders"):
+        compare_runs(runs[:1], settings)
+    with pytest.raises(UsageError, match="--format"):
+        compare_runs(runs, replace(settings, format="word"))
+
+
+def test_a_real_run_has_its_importance_and_a_report(tmp_path, model_folder, data_files):
+    files = dict(zip(("forget", "retain"), map(str, data_files), strict=True))
+    settings = lorasure.ForgetSettings(model=str(model_folder), **files, out=str(tmp_path / "run"), rank=2, epochs=1)
+    bench = Workbench(settings)
+    measured = Importance.load(lorasure.forget(settings).folder / artifacts.IMPORTANCE)
+    (run,) = read_runs([tmp_path / "run"])
+    assert run.importance == {site.name: pytest.approx(measured.weights(site).mean) for site in bench.sites}
+    assert "Where the forget set lives" in page_of(report([tmp_path / "run"], ReportSettings()))

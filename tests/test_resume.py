@@ -1,0 +1,640 @@
+"""Whatever stops a run, and wherever: continued, it ends in the bytes of the run that nothing stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_llama, write_rows
+from lorasure import (
+    artifacts,
+    checkpoint,
+    finetune,
+    folders,
+    forward,
+    lora,
+    objective,
+    pipeline,
+    stages,
+    train,
+    train_stage,
+    workbench,
+)
+from lorasure.config import PER_CALL, FinetuneSettings, ForgetSettings
+from lorasure.errors import DataError, NumericError, ResourceError, UsageError
+from lorasure.importance import collect
+from lorasure.init import apply
+from lorasure.progress import Reporter
+
+STEPS = 6  # 6 forget rows, 2 per step, 2 epochs
+
+
+@pytest.fixture
+def settings(model_folder, data_files, tmp_path):
+    """Settings of a short run; keyword arguments override them."""
+    forget, retain = map(str, data_files)
+    common = {"model": str(model_folder), "forget": forget, "retain": retain, "rank": 2, "epochs": 2, "lr": 1e-2}
+    common |= {"batch_size": 2, "loss": "npo", "retain_loss": "kl", "schedule": "cosine"}
+
+    def make(out="run", **options):
+        return ForgetSettings(**common | {"out": str(tmp_path / out)} | options)
+
+    return make
+
+
+class Notes(Reporter):
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def outcome(run):
+    """Everything of a run that must not depend on whether it was interrupted."""
+    summary = artifacts.read_json(run / "summary.json")
+    files = ("init.safetensors", "trained.safetensors", "adapter/adapter_model.safetensors")
+    scores = {key: summary[key] for key in ("before", "after", "export", "verdict")}
+    return [artifacts.sha256(run / name) for name in files], log_of(run), scores
+
+
+@pytest.fixture
+def undisturbed(settings):
+    return outcome(pipeline.forget(settings("undisturbed")).folder)
+
+
+def stop_in(monkeypatch, module, name, error=KeyboardInterrupt, call=1, after=False):
+    """The n-th call of a function ends in an error, or in an exception after it is done."""
+    real, calls = getattr(module, name), []
+
+    def stopping(*args, **options):
+        calls.append(1)
+        if len(calls) != call:
+            return real(*args, **options)
+        if after:
+            real(*args, **options)
+        raise error() if isinstance(error, type) else error
+
+    monkeypatch.setattr(module, name, stopping)
+    return calls
+
+
+PLACES = [
+    ("importance", stages, "measure", 1),
+    ("init", stages, "initialise", 1),
+    ("reference", train_stage, "score_sets", 1),
+    *((f"step {n}", train, "_step", n) for n in range(1, STEPS + 1)),
+    ("trained", train_stage, "remove_checkpoints", 1),
+    ("export", lora, "save_adapter", 1),
+    ("check", stages, "check_export", 1),
+    ("card", stages.card, "model_card", 1),
+    ("publish", folders, "_publish", 1),
+    ("swap", folders, "_swap", 1),
+]
+
+
+@pytest.mark.fault(
+    "interrupted in every stage and at every step",
+    "P2",
+    "continued, it ends in the same bytes",
+    "train.py: restore without the optimizer's moments",
+)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("module", "name", "call"), [p[1:] for p in PLACES], ids=[p[0] for p in PLACES])
+def test_interrupted_anywhere_and_continued(settings, undisturbed, monkeypatch, tmp_path, module, name, call, after):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, module, name, call=call, after=after)
+        pipeline.forget(settings(checkpoint_every=2))
+    if (tmp_path / ".run.partial").exists():
+        found = pipeline.forget(settings(resume=True))
+        if name == "_step" and call > 2:
+            assert found.summary["resumed"] == [{"stage": "train", "step": (call - 1) // 2 * 2}]
+        assert outcome(found.folder) == undisturbed
+    elif (tmp_path / "run").exists():  # it had been renamed already
+        assert outcome(tmp_path / "run") == undisturbed
+    else:
+        assert name == "measure"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.fault(
+    "stopped again and again", "P2", "continued each time, it ends in the same bytes", "checkpoint.py: no log in it"
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init": "reglu", "loss": "ihl", "retain_loss": "nll"},
+        {"init": "lora", "loss": "dpo"},
+        {"coverage": 0.5, "min_utility": 0.9},
+    ],
+    ids=str,
+)
+def test_stopped_after_every_step(settings, monkeypatch, options, injected):
+    expected = outcome(pipeline.forget(settings("undisturbed", **options)).folder)
+    count = 0
+    while True:
+        try:
+            with monkeypatch.context() as patch:
+                stop_in(patch, train, "_step", call=2)
+                found = pipeline.forget(settings(resume=count > 0, checkpoint_every=1, **options))
+            break
+        except KeyboardInterrupt:
+            count += 1
+            left = sorted(p.name for p in (folders.partial_of(Path(settings().out)) / "checkpoints").iterdir())
+            assert left == [f"step-{n:06d}" for n in range(max(1, count - 1), count + 1)]
+    assert count == STEPS - 1 and outcome(found.folder) == expected
+    assert [entry["step"] for entry in found.summary["resumed"]] == [count]
+    injected(count)
+
+
+def test_a_run_that_is_not_interrupted_writes_no_checkpoint_by_default(settings, monkeypatch):
+    monkeypatch.setattr(checkpoint.Keeper, "save", lambda *_: pytest.fail("saved"))
+    pipeline.forget(settings())
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "SIGTERM or SIGINT during a step", "P6", "the step is finished and kept", "train.py: no finishing_first"
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 4, STEPS])
+def test_a_signal_lets_the_step_finish_and_keeps_it(settings, undisturbed, monkeypatch, tmp_path, number, step):
+    real, calls = train._backward, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_backward", signalled)
+        pipeline.forget(settings(checkpoint_every=0))
+    assert [p.name for p in (tmp_path / ".run.partial" / "checkpoints").iterdir()] == [f"step-{step:06d}"]
+    assert outcome(pipeline.forget(settings(resume=True)).folder) == undisturbed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.fault("a second signal, while the checkpoint is written", "P6", "at once, still whole", "-")
+def test_a_second_signal_stops_at_once(settings, undisturbed, monkeypatch, tmp_path):
+    real, written = train._backward, artifacts.write_tensors
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    def again(path, *args):
+        written(path, *args)
+        if path.name == checkpoint.TENSORS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_backward", signalled)
+        patch.setattr(artifacts, "write_tensors", again)
+        pipeline.forget(settings())
+    assert list((tmp_path / ".run.partial" / "checkpoints").iterdir()) == []
+    assert outcome(pipeline.forget(settings(resume=True)).folder) == undisturbed
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "deleted": lambda p: p.unlink(),
+    "cut": lambda p: os.truncate(p, p.stat().st_size // 2),
+    "zeroed": lambda p: p.write_bytes(bytes(p.stat().st_size)),
+    "flipped": flip,
+    "emptied": lambda p: os.truncate(p, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(model_folder, tmp_path_factory):
+    """(folder of an interrupted run with checkpoints at steps 2 and 4, its settings, outcome of the undisturbed)."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    rows = [{"question": f"Who is number {i}?", "answer": f"It is person {i * 7}."} for i in range(16)]
+    files = {"forget": rows[:6], "retain": rows[6:]}
+    paths = {name: str(write_rows(folder / f"{name}.jsonl", part)) for name, part in files.items()}
+    options = {"model": str(model_folder), **paths, "rank": 2, "epochs": 2, "lr": 1e-2, "batch_size": 2}
+    expected = outcome(pipeline.forget(ForgetSettings(**options, out=str(folder / "undisturbed"))).folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=6)
+        pipeline.forget(ForgetSettings(**options, out=str(folder / "run"), checkpoint_every=2))
+    return folder / ".run.partial", options, expected
+
+
+@pytest.fixture
+def again(interrupted, tmp_path):
+    """(partial folder of a copy of the interrupted run, function that continues it and checks its outcome)."""
+    source, options, expected = interrupted
+    partial = tmp_path / ".again.partial"
+    shutil.copytree(source, partial)
+
+    def go(**changes):
+        notes = Notes()
+        found = pipeline.forget(
+            ForgetSettings(**options | {"out": str(tmp_path / "again"), "resume": True} | changes), notes
+        )
+        assert outcome(found.folder) == expected
+        return notes.lines, found
+
+    return partial, go
+
+
+FILES = (checkpoint.STATE, checkpoint.TENSORS, artifacts.LOG, artifacts.MANIFEST)
+
+
+@pytest.mark.fault(
+    "each file of the newest checkpoint deleted, cut, zeroed, emptied or with one bit flipped",
+    "P2",
+    "the checkpoint before, and a warning that names the file",
+    "checkpoint.py: no comparison with the manifest",
+)
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_checkpoint(again, name, damage):
+    partial, go = again
+    path = partial / "checkpoints" / "step-000004" / name
+    DAMAGE[damage](path)
+    if (name, damage) == (artifacts.MANIFEST, "flipped"):  # one bit of a version number is no damage to the state
+        return
+    lines, found = go()
+    warning = next(line for line in lines if "damaged" in line)
+    assert "step-000004" in warning and name in warning
+    assert found.summary["resumed"] == [{"stage": "train", "step": 2}]
+
+
+@pytest.mark.fault(
+    "both checkpoints damaged, or the newest empty or another run's",
+    "P2",
+    "the one before or the start, with a warning",
+    "checkpoint.py: no run id",
+)
+def test_damaged_empty_and_foreign_checkpoints(again, injected):
+    partial, go = again
+    folder = partial / "checkpoints"
+    shutil.copytree(folder / "step-000004", folder / "step-000006")
+    for n in (2, 4):
+        flip(folder / f"step-{n:06d}" / "state.json")
+    (folder / "step-000005").mkdir()
+    state = artifacts.read_json(folder / "step-000006" / "state.json") | {"run": "0000", "done": 6}
+    artifacts.write_json(folder / "step-000006" / "state.json", state)
+    artifacts.write_manifest(folder / "step-000006")
+    lines, found = go()
+    warnings = [line for line in lines if "damaged" in line]
+    assert [f"step-00000{n}" in line for n, line in zip((6, 5, 4, 2), warnings, strict=True)] == [True] * 4
+    assert "another run's" in warnings[0] and "resumed" not in found.summary
+    injected(4)
+
+
+@pytest.mark.fault(
+    "each finished stage's file deleted, cut, zeroed, emptied or with one bit flipped",
+    "P2",
+    "the stage is done again, and a warning that names the file",
+    "pipeline.py: _finished does not check",
+)
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", [artifacts.IMPORTANCE, artifacts.START])
+def test_a_damaged_file_of_a_finished_stage(again, name, damage):
+    partial, go = again
+    DAMAGE[damage](partial / name)
+    lines, _ = go()
+    warned = any(name in line for line in lines)
+    assert warned
+
+
+def test_a_log_that_went_on_after_the_checkpoint_is_cut_to_it(again):
+    partial, go = again
+    with (partial / "train.jsonl").open("a") as log:
+        log.write('{"step": 99, "half a li')
+    go()
+
+
+# --- what may not change ----------------------------------------------------------------------------------------------
+
+OTHER = {
+    "revision": "main",
+    "dtype": "bfloat16",
+    "device": "cpu",
+    "template": "plain",
+    "prompt_key": "q",
+    "init": "lora",
+    "score": "fisher",
+    "space": "full",
+    "compat": "paper-code",
+    "solver": "elementwise",
+    "split": "published",
+    "schedule": "constant",
+    "loss": "npo",
+    "retain_loss": "kl",
+    "pairing": "cyclic",
+    "targets": "q_proj",
+    "exclude": "q_proj",
+}
+KEYS = [f.name for f in fields(ForgetSettings) if not f.metadata.get("path") and f.name not in PER_CALL]
+
+
+def changed(name, value):
+    if name in OTHER:
+        return OTHER[name]
+    if isinstance(value, bool):
+        return not value
+    return f"{value or ''}x" if isinstance(value, str) else 1 if value is None else value / 2 if value > 1 else 0.5
+
+
+@pytest.mark.fault(
+    "each setting changed on resume", "P2", "refused, with both values", "folders.py: _checked refuses nothing"
+)
+@pytest.mark.parametrize("name", KEYS)
+def test_a_changed_setting_is_refused(interrupted, tmp_path, name):
+    """By the comparison itself: some of these settings would not get as far as a resumed run."""
+    source, options, _ = interrupted
+    before = ForgetSettings(**options, out="x")
+    stored = artifacts.read_json(source / "identity.json")["identity"]
+    now = stored | {name.rstrip("_"): changed(name, getattr(before, name))}
+    shutil.copytree(source, tmp_path / ".x.partial")
+    with pytest.raises(UsageError, match=rf"{name.rstrip('_')}: .* -> .*--allow-change {name.rstrip('_')}\b"):  # noqa: SIM117
+        with folders.resumable_folder(tmp_path / "x", now, resume=True):
+            pytest.fail("resumed")
+    assert (tmp_path / ".x.partial" / "checkpoints").exists()
+
+
+def test_changed_settings_rows_weights_and_versions_are_refused(again, interrupted, tmp_path, monkeypatch, tokenizer):
+    partial, go = again
+    options = interrupted[1]
+    with pytest.raises(UsageError, match=r"\(lr: 0.01 -> 0.02\)"):
+        go(lr=2e-2)
+    more = tmp_path / "more.jsonl"
+    shutil.copy(options["retain"], more)
+    with more.open("a") as file:
+        file.write('{"question": "new?", "answer": "row"}\n')
+    with pytest.raises(UsageError, match=r"\(retain_rows: "):
+        go(retain=str(more))
+    tiny_llama(seed=5).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"\(weights: "):
+        go(model=str(tmp_path / "model"))
+    real = artifacts.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "versions", lambda: real | {"torch": "99.0.0"})
+        with pytest.raises(UsageError, match=r"\(torch_version: \d+ -> 99\)"):
+            go()
+        patch.setattr(artifacts, "versions", lambda: real | {"torch": real["torch"].split(".")[0] + ".999.1"})
+        go()  # another minor version is none of these
+    assert not partial.exists()
+
+
+def test_moved_data_and_model_are_the_same_run(again, interrupted, tmp_path):
+    options = interrupted[1]
+    shutil.copytree(options["model"], tmp_path / "moved")
+    shutil.copy(options["forget"], tmp_path / "moved.jsonl")
+    again[1](model=str(tmp_path / "moved"), forget=str(tmp_path / "moved.jsonl"))
+
+
+def test_a_change_that_is_allowed_is_used_and_recorded(interrupted, tmp_path):
+    source, options, expected = interrupted
+    shutil.copytree(source, tmp_path / ".again.partial")
+    make = {**options, "out": str(tmp_path / "again"), "resume": True}
+    with pytest.raises(UsageError, match=r"--allow-change rank: settled by importance\.safetensors"):
+        pipeline.forget(ForgetSettings(**make | {"rank": 4, "allow_change": "rank"}))
+    found = pipeline.forget(ForgetSettings(**make | {"lr": 5e-2, "allow_change": "--lr, epochs"}))
+    assert found.summary["changed"] == [{"key": "lr", "from": 1e-2, "to": 5e-2}]
+    assert found.summary["settings"]["lr"] == 5e-2
+    rates = [line["lr"] for line in log_of(found.folder)]
+    assert rates[:4] == [line["lr"] for line in expected[1]][:4]
+    assert rates[4:] == pytest.approx([5 * line["lr"] for line in expected[1]][4:])
+
+
+# --- other commands ---------------------------------------------------------------------------------------------------
+
+
+def test_the_train_command_and_finetuning_continue_too(settings, undisturbed, monkeypatch, tmp_path, model_folder):
+    staged = settings("staged")
+    run = pipeline.importance_command(staged)
+    pipeline.init_command(run, staged)
+    before = {p: artifacts.sha256(p) for p in run.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=4)
+        pipeline.train_command(run, settings("staged", checkpoint_every=3))
+    assert before == {p: artifacts.sha256(p) for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match="an interrupted run is in"):
+        pipeline.init_command(run, staged)
+    pipeline.train_command(run, settings("staged", resume=True))
+    assert artifacts.differences(run) == []
+    assert outcome(pipeline.export_command(run, settings("staged")).folder)[:2] == undisturbed[:2]
+    common = {"model": str(model_folder), "data": settings().retain, "epochs": 2, "batch_size": 3, "lr": 1e-3}
+    whole = finetune.finetune(FinetuneSettings(**common, out=str(tmp_path / "whole")))
+    for kind in (KeyboardInterrupt, OSError):
+        with monkeypatch.context() as patch, pytest.raises(kind):
+            stop_in(patch, train, "_step", call=3, error=kind)
+            finetune.finetune(
+                FinetuneSettings(**common, out=str(tmp_path / "parts"), checkpoint_every=1, resume=kind is OSError)
+            )
+    parts = finetune.finetune(FinetuneSettings(**common, out=str(tmp_path / "parts"), resume=True))
+    assert artifacts.sha256(whole / "model.safetensors") == artifacts.sha256(parts / "model.safetensors")
+    assert log_of(whole) == log_of(parts) and not (parts / "checkpoints").exists()
+
+
+def test_an_input_error_before_anything_is_done_leaves_nothing(settings, tmp_path):
+    with pytest.raises(DataError):
+        pipeline.forget(settings(importance=str(tmp_path)))
+    assert not list(tmp_path.glob(".*"))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def not_finite(stage, monkeypatch, value=float("nan")):
+    """Make one number of a stage not finite."""
+    if stage == "importance":
+        real = collect.per_example
+
+        def spoiled(*args):
+            for found in real(*args):
+                found["A"][0, 0, 0] = value
+                yield found
+
+        monkeypatch.setattr(collect, "per_example", spoiled)
+    if stage == "factor":
+        real_start = apply.start_factors
+
+        def started(*args):
+            found = real_start(*args)
+            found.A[0, 0] = value
+            return found
+
+        monkeypatch.setattr(apply, "start_factors", started)
+    if stage == "trained":
+        real_trained = lora.trained_factors
+
+        def trained(*args):
+            found = real_trained(*args)
+            next(iter(found.values())).B[0, 0] = value
+            return found
+
+        monkeypatch.setattr(lora, "trained_factors", trained)
+    if stage == "export":
+        real_logits = stages._logits
+        monkeypatch.setattr(stages, "_logits", lambda *args: real_logits(*args) * value)
+
+
+@pytest.mark.fault(
+    "NaN in importance, a factor, a trained factor, the exported model",
+    "P4",
+    "exit code 4 naming the stage and the site; the last good state is kept",
+    "stages.py: no check_finite",
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("importance", r"importance: the gradient moments of site 'model\.layers"),
+        ("factor", r"init: at 'model\.layers\.0\.self_attn\.q_proj', factor A"),
+        ("trained", r"train: the trained factors of site 'model\.layers"),
+        ("export", "export: the adapter on the freshly loaded base differs"),
+    ],
+)
+def test_a_number_that_is_not_finite_stops_the_run(settings, undisturbed, monkeypatch, tmp_path, stage, said, value):
+    with monkeypatch.context() as patch:
+        not_finite(stage, patch, value)
+        with pytest.raises(NumericError, match=said):
+            pipeline.forget(settings(checkpoint_every=2))
+    assert not (tmp_path / "run").exists()
+    for path in (tmp_path / ".run.partial").rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point())
+    if stage == "importance":
+        assert not (tmp_path / ".run.partial").exists()
+    else:
+        assert outcome(pipeline.forget(settings(resume=True)).folder) == undisturbed
+
+
+# --- the best state by what is kept -----------------------------------------------------------------------------------
+
+
+def test_the_last_state_that_keeps_enough_is_handed_over(settings, monkeypatch):
+    """Shares 1, .97, .96, .5, .96 x, measured after each of five epochs of three steps."""
+    values = iter([0.8, 0.8, 0.8 * 0.97, 0.8 * 0.96, 0.4, 0.2])
+    monkeypatch.setattr(train_stage, "mean_probability", lambda *_: type("S", (), {"value": next(values)}))
+    states = {}
+    real = checkpoint.Keeper.after_step
+
+    def watching(self, training, record, **options):
+        real(self, training, record, **options)
+        states[training.done] = [p.detach().clone() for p in training.parameters.values()]
+        self.last = training
+
+    monkeypatch.setattr(checkpoint.Keeper, "after_step", watching)
+    finished = []
+    end = checkpoint.Keeper.finish
+
+    def ending(self, training):
+        end(self, training)
+        finished.extend(p.detach().clone() for p in training.parameters.values())
+
+    monkeypatch.setattr(checkpoint.Keeper, "finish", ending)
+    utility = pipeline.forget(settings(epochs=5, min_utility=0.95)).summary["utility"]
+    assert [step for step, _ in utility["shares"]] == [0, 3, 6, 9, 12, 15]
+    assert utility["exported_step"] == 9 and utility["kept"] and utility["held_out"] is False
+    assert all(torch.equal(a, b) for a, b in zip(finished, states[9], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(finished, states[15], strict=True))
+
+
+def test_no_state_that_keeps_enough_is_said_so(settings, monkeypatch):
+    values = iter([0.8, 0.1, 0.1])
+    monkeypatch.setattr(train_stage, "mean_probability", lambda *_: type("S", (), {"value": next(values)}))
+    summary = pipeline.forget(settings(min_utility=0.95)).summary
+    assert summary["utility"]["kept"] is False and summary["utility"]["exported_step"] == STEPS
+    assert "No state after an epoch kept 0.95" in summary["verdict"]["text"]
+
+
+def test_utility_is_measured_on_rows_that_training_leaves_out(settings, monkeypatch, tmp_path):
+    rows = [{"question": f"Who is it, {i}?", "answer": f"Number {i}."} for i in range(40)]
+    seen = []
+    real = train_stage.mean_probability
+    monkeypatch.setattr(
+        train_stage, "mean_probability", lambda bench, model, rows: seen.append(rows) or real(bench, model, rows)
+    )
+    retain = str(write_rows(tmp_path / "many.jsonl", rows))
+    used = []
+    observe = workbench.ForgetObjective.observe_original
+    monkeypatch.setattr(
+        workbench.ForgetObjective,
+        "observe_original",
+        lambda self, *args, **options: (
+            used.extend(self.retain[i].place for i in args[1]) or observe(self, *args, **options)
+        ),
+    )
+    summary = pipeline.forget(settings(retain=retain, min_utility=0.5)).summary
+    assert len(used) == 12 and summary["utility"]["rows"] == 28 and summary["utility"]["held_out"]
+    assert not {example.place for example in seen[0]} & set(used)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(
+    "out of memory in importance, in scoring, in the reference",
+    "P5",
+    "smaller passes, recorded; the same result up to rounding",
+    "memory.py: the attempt is not repeated",
+)
+@pytest.mark.parametrize("name", ["importance", "evaluate", "reference"])
+def test_out_of_memory_outside_of_training(settings, monkeypatch, name):
+    expected = pipeline.forget(settings("undisturbed")).summary
+    module, function = {
+        "importance": (collect, "answer_logits"),
+        "evaluate": (forward, "answer_logits"),
+        "reference": (objective, "answer_hidden"),
+    }[name]
+    real = getattr(module, function)
+
+    def tight(model, batch, *args):
+        found = real(model, batch, *args)
+        if len(batch.input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(module, function, tight)
+    found = pipeline.forget(settings()).summary
+    assert found["guards"] and {g["guard"] for g in found["guards"]} == {"out of memory"}
+    assert {g["where"] for g in found["guards"]} <= {name, "reference"}
+    for part in ("forget", "retain"):
+        assert found["after"][part]["value"] == pytest.approx(expected["after"][part]["value"], rel=1e-3)
+    monkeypatch.setattr(module, function, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(ResourceError, match="out of memory with a single row"):
+        pipeline.forget(settings("never"))
+
+
+# --- determinism ------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_of_1_4_and_16_rows_agree(settings):
+    """The widest row has about 60 tokens here, so budgets of 1, 256 and 1024 tokens."""
+    found = [pipeline.forget(settings(str(tokens), tokens_per_batch=tokens)) for tokens in (1, 256, 1024)]
+    factors = [artifacts.read_tensors(r.folder / "trained.safetensors")[0] for r in found]
+    for other in factors[1:]:
+        for key, value in factors[0].items():
+            torch.testing.assert_close(other[key], value, atol=1e-5, rtol=0)
