@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import (
-    GPT2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GemmaForCausalLM,
     GPT2LMHeadModel,
-    GptOssConfig,
+    GPTNeoXForCausalLM,
     GptOssForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
+    MistralForCausalLM,
     MixtralForCausalLM,
-    OPTConfig,
     OPTForCausalLM,
-    Phi3Config,
     Phi3ForCausalLM,
-    PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 
 from conftest import VOCAB
@@ -41,6 +41,9 @@ COMMON = {
 }
 GROUPED = COMMON | {"num_key_value_heads": 2}
 MIXTURE = GROUPED | {"num_local_experts": 4}
+QWEN_MIXTURE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+GEMMA = GROUPED | {"head_dim": 4}
+LOCAL_GEMMA = GEMMA | {"sliding_window": 8, "query_pre_attn_scalar": 4}  # shorter than the tests' rows
 SMALL_GPT2 = {
     "vocab_size": VOCAB,
     "n_embd": 16,
@@ -48,21 +51,36 @@ SMALL_GPT2 = {
     "n_head": 4,
     "n_positions": 128,
     "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+SMALL_OPT = COMMON | {"ffn_dim": 24, "word_embed_proj_dim": 16, "init_std": 0.2, "dropout": 0.5}
+
+
+def _kind(model: Any, settings: dict[str, Any]) -> Callable[..., PreTrainedModel]:
+    return lambda **overrides: model(model.config_class(**settings | overrides))
+
+
+ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": _kind(LlamaForCausalLM, GROUPED),  # grouped-query attention
+    "mistral": _kind(MistralForCausalLM, GROUPED | {"sliding_window": 8}),
+    "gpt2": _kind(GPT2LMHeadModel, SMALL_GPT2),  # Conv1D
+    "gpt-neox": _kind(GPTNeoXForCausalLM, COMMON),  # fused qkv, head called embed_out
+    "opt": _kind(OPTForCausalLM, SMALL_OPT),
+    "phi": _kind(PhiForCausalLM, COMMON),
+    "qwen2": _kind(Qwen2ForCausalLM, GROUPED),  # biases
+    "gemma": _kind(GemmaForCausalLM, GEMMA),  # scaled embeddings
+    "gemma2": _kind(Gemma2ForCausalLM, LOCAL_GEMMA),  # soft-capped logits
+    "gemma3": _kind(Gemma3ForCausalLM, LOCAL_GEMMA),  # normalised queries and keys
+    "phi3": _kind(Phi3ForCausalLM, GROUPED),  # fused projections
+    "mixtral": _kind(MixtralForCausalLM, MIXTURE),  # experts in one (experts, out, in) parameter
+    "qwen2-moe": _kind(Qwen2MoeForCausalLM, QWEN_MIXTURE | {"shared_expert_intermediate_size": 8}),
+    "qwen3-moe": _kind(Qwen3MoeForCausalLM, QWEN_MIXTURE | {"head_dim": 4}),
+    "gpt-oss": _kind(GptOssForCausalLM, MIXTURE | {"head_dim": 4}),  # experts in (experts, in, out)
 }
 
-ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),  # grouped-query attention
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2, bos_token_id=256, eos_token_id=256)),  # Conv1D
-    "opt": lambda: OPTForCausalLM(OPTConfig(**COMMON, ffn_dim=24, word_embed_proj_dim=16, init_std=0.2, dropout=0.5)),
-    "phi": lambda: PhiForCausalLM(PhiConfig(**COMMON)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),  # biases
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**GROUPED)),  # fused projections
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**MIXTURE)),  # experts in one (experts, out, in) parameter
-    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**MIXTURE, head_dim=4)),  # experts in (experts, in, out)
-}
 
-
-def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of ARCHITECTURES, the same at every call: frozen, in evaluation mode."""
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A model of ARCHITECTURES, the same at every call: frozen, in evaluation mode. `overrides`: of its settings."""
     torch.manual_seed(0)
-    return ARCHITECTURES[name]().to(dtype).eval().requires_grad_(False)
+    return ARCHITECTURES[name](**overrides).to(dtype).eval().requires_grad_(False)

@@ -35,6 +35,8 @@ def test_a_click_sorts_by_number_and_again_the_other_way(page):
     assert page.js(f"{HEADING.format(4)}.getAttribute('aria-sort')") == "ascending"
     page.js(f"{HEADING.format(4)}.querySelector('button').click()")
     assert numbers(page, 4) == sorted(before, reverse=True)
+    page.js(f"{HEADING.format(0)}.querySelector('button').click()")
+    assert numbers(page, 0) == [row for row in range(12) for _ in ("forget", "retain")]
 
 
 def test_the_keyboard_sorts_too(page):

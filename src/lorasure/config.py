@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Settings:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
+            if value == "" and meta.get("path"):
+                raise UsageError(f"{flag(f.name)} must name a file or folder, got nothing.")
             if isinstance(value, str) and UNWRITABLE.search(value):
                 raise UsageError(f"{flag(f.name)} holds a NUL or a byte that is not UTF-8, which no file can record.")
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -72,7 +75,9 @@ class Settings:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.metadata.get("path") and value is not None:
-                path = Path(value).expanduser()
+                path = Path(value)
+                with suppress(RuntimeError):  # `~` of a user that does not exist
+                    path = path.expanduser()
                 found[f.name] = str(path.absolute()) if f.name == "out" or path.exists() else value
         return found
 

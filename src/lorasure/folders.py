@@ -44,6 +44,10 @@ def check_new(out: Path, overwrite: bool = False, resume: bool = False) -> None:
 
 
 def _check_place(out: Path) -> None:
+    try:
+        out.resolve()
+    except RuntimeError as error:  # Python 3.11 and 3.12; later versions leave it to mkdir
+        raise UsageError(f"--out {out}: its links lead in a circle.") from error
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: this is a file, a folder is wanted.")
     parent = next(p for p in out.absolute().parents if p.exists())

@@ -69,7 +69,7 @@ def attach(model: PreTrainedModel, start: Start, rank: int, alpha: float, *, com
 
 
 def _config(model: PreTrainedModel, sites: Iterable[Site], rank: int, alpha: float) -> LoraConfig:
-    """What makes peft put an adapter on these sites and on nothing else."""
+    """What peft is told, so that it puts an adapter on these sites."""
     modules = list(dict.fromkeys(s.module for s in sites if s.parameter is None))
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -83,7 +83,7 @@ def _config(model: PreTrainedModel, sites: Iterable[Site], rank: int, alpha: flo
 
 
 def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
-    """Raise a UsageError unless peft puts an adapter on exactly these sites. Allocates nothing, leaves no trace.
+    """Raise a UsageError unless peft puts an adapter on each of these sites. Allocates nothing, leaves no trace.
 
     In mixtures peft gives names of linear layers another meaning, that of experts in models of older versions.
     """

@@ -73,12 +73,15 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = ("all",), exclud
     target would silently be left out.
     """
     sites = all_sites(model)
+    ends = ", ".join(sorted({site.module.rsplit(".", 1)[-1] for site in sites}))
+    if "all" in targets and (unseen := _unseen(model)):
+        raise UsageError(
+            f"--targets all would leave out {unseen}: it keeps several matrices in one parameter in a form that no "
+            f"adapter fits. Name the layers to adapt; they end in: {ends}."
+        )
     for pattern in (*targets, *exclude):
         if pattern != "all" and not any(_matches(site, pattern) for site in sites):
-            ends = sorted({site.module.rsplit(".", 1)[-1] for site in sites})
-            raise UsageError(
-                f"No linear layer matches '{pattern}' in --targets/--exclude. Layers end in: {', '.join(ends)}."
-            )
+            raise UsageError(f"No linear layer matches '{pattern}' in --targets/--exclude. Layers end in: {ends}.")
     found = [
         site
         for site in sites
@@ -98,6 +101,15 @@ def _matches(site: Site, pattern: str) -> bool:
 
 def _holds_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "num_experts")
+
+
+def _unseen(model: PreTrainedModel) -> str | None:
+    """The class of a layer with matrices that `all_sites` does not know (experts of another form), if there is one."""
+    for module in model.modules():
+        stacked = any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+        if stacked and not _holds_experts(module) and not isinstance(module, nn.Conv1d):
+            return type(module).__name__
+    return None
 
 
 def _expert_sites(name: str, module: nn.Module) -> list[Site]:
