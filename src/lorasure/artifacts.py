@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from .errors import DataError
+from .errors import DataError, LorasureError
 
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
@@ -213,6 +213,17 @@ def read_about(path: Path) -> dict[str, Any]:
             return json.loads((file.metadata() or {})["lorasure"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a file that this program wrote ({type(error).__name__}).") from error
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Within the block, content that does not fit is a DataError: the file is another program's, or was tampered with."""
+    try:
+        yield
+    except LorasureError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not what this program writes there ({type(error).__name__}).") from error
 
 
 def sha256(path: Path) -> str:

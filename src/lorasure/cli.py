@@ -20,7 +20,7 @@ from .report.settings import CompareSettings, ReportSettings
 
 EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 data, 4 numeric, 5 resource, 10 probe found nothing, "
-    "75 interrupted and resumable, 130 or 143 interrupted."
+    "20 attack --gate exceeded, 75 interrupted and resumable, 130 or 143 interrupted."
 )
 
 

@@ -24,6 +24,7 @@ from .evaluate.logs import open_evaluation, write_log
 from .evaluate.metrics import Score
 from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings
 from .evaluate.suites import SUITES, Suite
+from .forward import base_of
 from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .progress import Reporter
 from .registry import lookup
@@ -93,16 +94,16 @@ def load_subject(settings: SuiteSettings) -> Subject:
     tokenizer = load_tokenizer(settings.model, settings.revision)
     dtype = pick_dtype(settings.dtype, device)
     model: Any = load_model(settings.model, dtype=dtype, device=device, revision=settings.revision)
+    base = fingerprint(model, settings.located()["model"])  # before the adapter, whose parameters would be counted
     if adapter:
         model = lora.load_adapter(model, adapter)
     budget = pick_token_budget(settings.tokens_per_batch, device)
-    return Subject(model, tokenizer, settings, budget, settings.keep_text)
+    return Subject(model, tokenizer, settings, budget, settings.keep_text, base)
 
 
 def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
     """evaluation.json: what was measured on what. Hashes and counts, never text."""
     located = settings.located()
-    base = subject.model.get_base_model() if settings.adapter else subject.model
     adapter = None
     if settings.adapter:
         weights = adapter_folder(settings.adapter) / lora.ADAPTER_FILES[0]
@@ -111,11 +112,11 @@ def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[Evaluatio
         "kind": "evaluation",
         "suite": settings.suite,
         "split": settings.split,
-        "model": fingerprint(base, located["model"]),
+        "model": subject.base,
         "adapter": adapter,
         "template": resolved_template(settings.template, subject.tokenizer)[0],
         "tokenizer": tokenizer_hash(subject.tokenizer),
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": str(base_of(subject.model).dtype).removeprefix("torch."),
         "sets": {s.name: {"rows": len(s.rows), "sha256": rows_hash(s.rows)} for s in sets},
         "borrowed": any("borrowed" in row.extra for s in sets for row in s.rows),
         "settings": located,

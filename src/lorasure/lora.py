@@ -8,6 +8,7 @@ base needs no special case.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
     In mixtures peft gives names of linear layers another meaning, that of experts in models of older versions.
     """
     try:
-        wrapped = get_peft_model(model, _config(model, sites, 1, 1.0), low_cpu_mem_usage=True)
+        with warnings.catch_warnings(action="ignore"):  # of layers left out, which are told below
+            wrapped = get_peft_model(model, _config(model, sites, 1, 1.0), low_cpu_mem_usage=True)
     except ValueError as error:
         raise UsageError(f"--targets: peft cannot adapt these layers: {str(error).splitlines()[0]}") from error
     adapted = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import artifacts, card, lora
 from .data.examples import Example, collate
 from .errors import NumericError
-from .evaluate.metrics import Score, probability
+from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
 from .forward import Progress, answer_logits, answer_records
 from .importance.activations import second_moments
 from .importance.measure import Importance, measure
@@ -27,8 +27,6 @@ from .progress import peak_memory
 from .sites import Site
 from .workbench import Workbench
 
-STILL_KNOWN = 0.5  # the forget set counts as still known when more than this share of its probability is left
-UTILITY_FLOOR = 0.95  # and the model as harmed when less than this share of the retain probability is left
 CHECKED_ROWS = 4  # of each set, for the check of the exported adapter
 
 

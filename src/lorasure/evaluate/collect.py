@@ -62,13 +62,17 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to be measured, and how text becomes tokens for it. `seconds` adds up the time of each measure."""
+    """The model to be measured, and how text becomes tokens for it.
+
+    `base`: the fingerprint of the model without its adapter. `seconds` adds up the time of each measure.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     settings: ModelSettings
     token_budget: int
     keep_text: bool = False
+    base: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -264,7 +268,7 @@ def generate(
     found = []
     for ids in generated[:, batch.input_ids.shape[1] :].tolist():
         own = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-        text = tokenizer.decode(own, skip_special_tokens=True)
+        text = str(tokenizer.decode(own, skip_special_tokens=True))
         cut = min((at for stop in generation.stop if (at := text.find(stop)) >= 0), default=len(text))
         found.append((text[:cut].strip(), len(own)))
     return found

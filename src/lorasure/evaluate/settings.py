@@ -89,7 +89,9 @@ class AttackSettings(JsonSettings):
         path=True,
     )
     gate: str = option(
-        "", "comma-separated SCORE<=VALUE or ATTACK:SCORE<=VALUE for the worst attack; exit code 20 if one is exceeded"
+        "",
+        "comma-separated SCORE<=VALUE for the worst attack but scale, or ATTACK:SCORE<=VALUE; exit code 20 if one is "
+        "exceeded or cannot be checked",
     )
     relearn_lr: float = option(2e-5, "learning rate of relearning; small models and LoRA need more", above=0)
     relearn_rank: int | None = option(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import artifacts
 from ..data.examples import Example
-from ..errors import DataError
+from ..errors import DataError, NumericError
 from ..forward import Progress
 from ..registry import lookup
 from ..sites import Site
@@ -75,12 +75,8 @@ class Importance:
     @classmethod
     def load(cls, path: Path) -> Importance:
         """What `save` wrote; a DataError for anything else."""
-        try:
+        with artifacts.as_written(path):
             return cls._of(*artifacts.read_tensors(path))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}: not importance that this program wrote ({type(error).__name__}).") from error
 
     @classmethod
     def _of(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Importance:
@@ -108,11 +104,25 @@ class Importance:
             raise DataError("--importance: measured with another --compat; measure it again.")
         if paper_code and score != self.score:
             raise DataError(f"--importance: made with --compat paper-code for --score {self.score}; measure it again.")
-        missing = [site.name for site in sites if site.name not in self.forget]
+        missing = [site.name for site in sites if site.name not in self.forget or site.name not in self.retain]
         if missing:
             raise DataError(
                 f"--importance: layer {missing[0]} was not measured; measure it again with these --targets."
             )
+        for site in sites:
+            self._check_moments(site)
+
+    def _check_moments(self, site: Site) -> None:
+        """The file may be anybody's: its moments must be finite numbers that fit the layer."""
+        (out, inner), k = site.shape, self.probe.rank
+        shapes = {"W": (out, inner), "B": (out, k), "rows": (out, k), "A": (k, inner), "columns": (k, inner)}
+        for measured in (self.forget, self.retain):
+            for factor, kept in measured[site.name].items():
+                for tensor in kept.tensors().values():
+                    if tuple(tensor.shape) != shapes.get(factor) or not tensor.is_floating_point():
+                        raise DataError(f"--importance: the moments of layer {site.name} do not fit it; measure it again.")
+                    if not torch.isfinite(tensor).all():
+                        raise NumericError(f"--importance: the moments of layer {site.name} are not finite.")
 
 
 def measure(

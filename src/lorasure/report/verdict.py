@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from ..artifacts import MERGED
 from ..evaluate.gate import SCORES, UNDOES
-from ..evaluate.metrics import Score
+from ..evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score
 from .read import Point, Run, Scores
 from .tables import NAMES, shown
 
-STILL_KNOWN = 0.5  # more than this share of what the model knew before is left: not forgotten (as in the run's verdict)
-KEPT = 0.95  # less than this share of the utility before is left: harmed (as in the run's verdict)
 SIGNIFICANT = 0.05  # p below which two distributions of truth ratios count as different
 KNOWLEDGE = tuple(SCORES)  # of the forget set, the most trustworthy first
 UTILITY = ("model_utility", "model_utility_without_rouge", "retain_probability")
@@ -104,7 +102,7 @@ def _kept(run: Run) -> Promise:
     name, scores = found
     share = _value(scores["after"]) / _value(scores["before"]) if _value(scores["before"]) else 1.0
     figures = (("Share that is left", f"{share:.1%}"), *_figures(name, scores))
-    if share < KEPT:
+    if share < UTILITY_FLOOR:
         tone = "bad" if share < STILL_KNOWN else "partly"
         return Promise(question, "Not all of it", tone, "The rest suffered.", figures)
     text = "Measured on rows like those of training; it does not show that everything else is unharmed."
