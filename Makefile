@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test lint bench soak fuzz guarantees bench-speed clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,16 @@ bench: .venv/ready ## forgetting on the small TOFU models: every initialisation,
 
 soak: .venv/ready ## fifty random kills of one run, continued after each
 	$(BIN)/python benchmarks/reliability/soak.py
+
+fuzz: .venv/ready ## damaged inputs for every reader, 200,000 each
+	$(BIN)/python benchmarks/reliability/fuzz.py
+
+guarantees: .venv/ready ## the table of injected faults in docs/guarantees.md
+	$(BIN)/python -m pytest --faults benchmarks/results/faults.json
+	$(BIN)/python benchmarks/reliability/guarantees.py
+
+bench-speed: .venv/ready ## against the published scripts and what is typical today
+	$(BIN)/python benchmarks/speed/bench.py
 
 clean:
 	rm -rf .venv build dist

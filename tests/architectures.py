@@ -27,7 +27,7 @@ from transformers import (
 
 from conftest import VOCAB
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -39,12 +39,12 @@ COMMON = {
     "eos_token_id": 256,
     "pad_token_id": 256,
 }
-GROUPED = COMMON | {"num_key_value_heads": 2}
-MIXTURE = GROUPED | {"num_local_experts": 4}
+GROUPED: dict[str, Any] = COMMON | {"num_key_value_heads": 2}
+MIXTURE: dict[str, Any] = GROUPED | {"num_local_experts": 4}
 QWEN_MIXTURE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 GEMMA = GROUPED | {"head_dim": 4}
 LOCAL_GEMMA = GEMMA | {"sliding_window": 8, "query_pre_attn_scalar": 4}  # shorter than the tests' rows
-SMALL_GPT2 = {
+SMALL_GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_embd": 16,
     "n_layer": 2,
@@ -83,4 +83,4 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A model of ARCHITECTURES, the same at every call: frozen, in evaluation mode. `overrides`: of its settings."""
     torch.manual_seed(0)
-    return ARCHITECTURES[name](**overrides).to(dtype).eval().requires_grad_(False)
+    return ARCHITECTURES[name](**overrides).to(dtype=dtype).eval().requires_grad_(False)

@@ -32,6 +32,14 @@ def test_verify_names_every_difference(run, capfd):
     assert cli.main(["verify", str(run.parent)]) == 3
 
 
+def test_a_run_whose_replacement_was_killed_between_two_renames_is_found(run):
+    run.rename(run.parent / ".run.old")
+    assert cli.main(["verify", str(run)]) == 0
+    run.rename(run.parent / ".run.old")
+    assert cli.main(["export", str(run), "--export-rank", "2"]) == 0
+    assert [p.name for p in run.parent.iterdir() if "run" in p.name] == ["run"]
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
 def test_a_manifest_that_leaves_its_folder_is_refused(run, name):
     artifacts.write_json(run / "manifest.json", {"files": {name: {"sha256": "0", "bytes": 1}}})

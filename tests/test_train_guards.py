@@ -221,7 +221,10 @@ def test_a_penalty_that_is_not_finite_is_named():
 
 
 @pytest.mark.fault(
-    "out of memory with a single row", "P5", "exit code 5 with advice; nothing has changed", "memory.py: no limit"
+    "out of memory with a single row",
+    "P5",
+    "exit code 5 with advice; nothing has changed",
+    "memory.py: no limit, so it never ends",
 )
 def test_out_of_memory_with_a_single_row_says_what_to_do():
     def spoil(call, model, sums):

@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from conftest import tiny_llama
-from lorasure import artifacts, cli, models
+from conftest import tiny_llama, write_rows
+from lorasure import artifacts, cli, model_files, models
 from lorasure.config import DemoSettings
 from lorasure.errors import DataError, UsageError
 from lorasure.importance.measure import Importance
@@ -296,7 +296,9 @@ def hub(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    return cache, asked
+    model_files._fetched.cache_clear()
+    yield cache, asked
+    model_files._fetched.cache_clear()
 
 
 def test_of_a_hub_model_only_description_and_safetensors_are_fetched_from_one_commit(base, hub):
@@ -309,7 +311,8 @@ def test_of_a_hub_model_only_description_and_safetensors_are_fetched_from_one_co
     assert [revision for revision, _ in asked] == ["main", COMMIT]
     about = models.fingerprint(found, "owner/name")
     assert (about["source"], about["revision"]) == ("owner/name", COMMIT) and "model.safetensors" in about["files"]
-    assert models.load_tokenizer("owner/name").eos_token == "<|end|>"
+    assert models.load_tokenizer("owner/name", revision="main").eos_token == "<|end|>"
+    assert len(asked) == 2  # a branch that moves on in the meantime is not asked again
 
 
 @pytest.mark.fault(
@@ -450,7 +453,7 @@ def test_a_manifest_cannot_name_files_outside(tmp_path, name):
 )
 def test_rubbish_as_importance(tmp_path, names, about):
     artifacts.write_tensors(tmp_path / "x", dict.fromkeys(names, torch.zeros(1)), about)
-    with pytest.raises(DataError, match="not importance that this program wrote"):
+    with pytest.raises(DataError, match="not what this program writes there"):
         Importance.load(tmp_path / "x")
 
 
@@ -467,3 +470,84 @@ def test_a_setting_that_no_file_can_record_is_refused():
     for text in ("a\0b", os.fsdecode(b"a\xff")):
         with pytest.raises(UsageError, match="--out holds a NUL or a byte that is not UTF-8"):
             DemoSettings(out=text)
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """A run, whose files the test below replaces."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = [{"question": f"Who is {i}?", "answer": f"It is {i}."} for i in range(9)]
+    forget, retain = write_rows(folder / "forget.jsonl", rows[:4]), write_rows(folder / "retain.jsonl", rows[4:])
+    flags = [
+        "--model",
+        str(model_folder),
+        "--forget",
+        str(forget),
+        "--retain",
+        str(retain),
+        "--rank",
+        "2",
+        "--epochs",
+        "1",
+    ]
+    assert cli.main(["forget", *flags, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def tensors(change):
+    def replace(path):
+        found, about = artifacts.read_tensors(path)
+        artifacts.write_tensors(path, change(found), about)
+
+    return replace
+
+
+def without(part):
+    return tensors(lambda found: {name: t for name, t in found.items() if part not in name})
+
+
+SMALLER = tensors(lambda found: {name: t[:1] for name, t in found.items()})
+NAN = tensors(lambda found: {name: t * float("nan") for name, t in found.items()})
+OTHER = tensors(lambda found: {"x": torch.zeros(1)})
+TAMPERED = [
+    *(
+        ("data.json", text(content), "export", 3)
+        for content in ("{}", "[]", '{"forget": 3, "retain": 4}', "3", "[" * 99_999)
+    ),
+    *(("data.json", text(content), "purge", 3) for content in ("[]", '{"forget": 3}')),
+    *(
+        ("summary.json", text(content), "train", 3)
+        for content in ("{}", "[]", '{"base": []}', '{"base": {"files": 3}}')
+    ),
+    *(("init.safetensors", change, "train", 3) for change in (without("|B"), without("|A"), OTHER, SMALLER, text("x"))),
+    ("init.safetensors", NAN, "train", 4),
+    *(("trained.safetensors", change, "export", 3) for change in (without("|B"), without("0.mlp"), OTHER, SMALLER)),
+    ("trained.safetensors", NAN, "export", 4),
+    *(
+        ("importance.safetensors", change, "init", 3)
+        for change in (without("|mean"), without("retain|"), OTHER, SMALLER)
+    ),
+    ("importance.safetensors", NAN, "init", 4),
+]
+
+
+@pytest.mark.fault(
+    "a run folder tampered with, its manifest made anew: accounts, factors and importance of other kinds and shapes",
+    "P4, P8",
+    "exit 3 or 4 in one line, the run as before",
+    "no as_written in Start.load, Importance.load, _reopen; no _check_moments",
+)
+@pytest.mark.parametrize(("name", "change", "command", "code"), TAMPERED, ids=range(len(TAMPERED)))
+def test_a_run_folder_that_was_tampered_with(finished, tmp_path, capfd, name, change, command, code):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    change(run / name)
+    artifacts.write_manifest(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert cli.main([command, str(run)]) == code
+    err = capfd.readouterr().err.splitlines()
+    assert err[-1].startswith("lorasure: ") and err[-1].isprintable()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -64,9 +64,9 @@ def llama(**changes: Any) -> LlamaConfig:
 
 
 def phi() -> PhiConfig:
-    """Phi-1.5's shape."""
+    """Phi-1.5's shape; half of each head rotates, the class's default."""
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
-    return PhiConfig(vocab_size=51_200, partial_rotary_factor=0.5, bos_token_id=None, eos_token_id=0, **shape)
+    return PhiConfig(vocab_size=51_200, bos_token_id=None, eos_token_id=0, **shape)
 
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
@@ -91,7 +91,7 @@ def build(name: str, device: torch.device, *, four_bit: bool) -> PreTrainedModel
 
 
 def _quantised(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    import bitsandbytes as bnb
+    import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
 
     head = model.get_output_embeddings()
     for module in list(model.modules()):
@@ -108,7 +108,7 @@ def _quantised(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
                 small.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
                 small.bias = layer.bias
                 setattr(module, name, small.to(device))
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = True  # pyright: ignore[reportArgumentType] (peft asks for it)
     torch.cuda.empty_cache()
     return model
 
@@ -186,7 +186,8 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device) -> dic
 
     def importance(chosen: Sequence[Site], space: str, score: str) -> Importance:
         probe = Probe(space, RANK, SIGMA, ALPHA / RANK, 0)
-        return Importance(score, probe, *(moments(model, chosen, part, probe, token_budget=a.tokens) for part in sets))
+        forget, retain = (moments(model, chosen, part, probe, token_budget=a.tokens) for part in sets)
+        return Importance(score, probe, forget, retain)
 
     few = [part[:8] for part in sets]
     probe = Probe("lora", RANK, SIGMA, ALPHA / RANK, 0)
@@ -218,13 +219,14 @@ def stored_bytes(found: Importance) -> int:
 
 def train(stages: Stages, model, start, sets, loss: str, a: argparse.Namespace, tokens: int, least: float) -> None:
     """The references and `a.epochs` epochs; the model is as before afterwards."""
-    objective = ForgetObjective(*sets, (), FORGET_LOSSES[loss].function, RETAIN_LOSSES["nll"].function)
+    forget, retain = sets
+    objective = ForgetObjective(forget, retain, (), FORGET_LOSSES[loss].function, RETAIN_LOSSES["nll"].function)
     steps = list(forget_steps(objective, epochs=a.epochs, batch_size=32, pairing="random", seed=0))
     if "reference" in objective.inputs:
         stages.run(
             f"{loss}, references",
             lambda: objective.observe_original(model, (), a.tokens),
-            tokens=sum(map(len, sets[0])),
+            tokens=sum(map(len, forget)),
         )
     wrapped = lora.attach(model, start, RANK, ALPHA, compensate=True)
     settings = OptimizerSettings(lr=1e-4, epochs=a.epochs, batch_size=32, max_grad_growth=1e9)

@@ -114,6 +114,7 @@ def importance(
                 mean_nll(model, padded(rows, style.width)).mean().backward()
                 weight[which] += len(rows)
                 for name, p in parameters.items():
+                    assert p.grad is not None
                     _add(found[which], name, p.grad if style.exact else p.grad.detach().cpu(), len(rows))
     for moments, total in zip(found, weight, strict=True):
         for first, second in moments.values():

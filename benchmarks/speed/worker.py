@@ -95,13 +95,13 @@ def growth(spec: dict[str, Any]) -> dict[str, Any]:
     sites = all_sites(model)
     sets = [random_examples(spec["rows"], spec["length"], spec["vocabulary"], seed) for seed in (0, 1)]
     tokens = sum(len(e) for part in sets for e in part)
-    few = [part[:8] for part in sets]
-    ours.importance(model, sites, *few, setting)
+    forget, retain = sets
+    ours.importance(model, sites, forget[:8], retain[:8], setting)
     found: dict[str, Any] = {"tokens": tokens}
     took: list[float] = []
-    peak = peak_above(lambda: took.append(lasted(lambda: ours.importance(model, sites, *sets, setting))))
+    peak = peak_above(lambda: took.append(lasted(lambda: ours.importance(model, sites, forget, retain, setting))))
     found["importance"] = {"seconds_per_token": took[0] / tokens, "peak_bytes": peak}
-    objective = ours.observed(model, *sets, "ihl", setting)
+    objective = ours.observed(model, forget, retain, "ihl", setting)
     order = [(i, i) for i in range(spec["rows"])]
     start = small_start(sites, setting)
     peak = peak_above(lambda: took.append(lasted(lambda: ours.train(model, start, objective, order, setting))))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,7 +29,7 @@ class Setting:
     """The paper's settings on TOFU, for everyone; the learning rate changes no time."""
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     sigma: float = 0.05
     batch_size: int = 32
     lr: float = 1e-4
@@ -146,7 +147,7 @@ def with_lora(model: PreTrainedModel, start: dict[Site, Factors], setting: Setti
     wrapped = get_peft_model(model, config)
     with torch.no_grad():
         for site, factors in start.items():
-            layer = wrapped.get_base_model().get_submodule(site.module)
+            layer: Any = wrapped.get_base_model().get_submodule(site.module)
             layer.lora_A["default"].weight.copy_(factors.A)
             layer.lora_B["default"].weight.copy_(factors.B)
             if residual:

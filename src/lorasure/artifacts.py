@@ -217,7 +217,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def as_written(path: Path) -> Iterator[None]:
-    """Within the block, content that does not fit is a DataError: the file is another program's, or was tampered with."""
+    """Within the block, content that does not fit is a DataError: the file is another program's or was altered."""
     try:
         yield
     except LorasureError:

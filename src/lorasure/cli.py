@@ -245,7 +245,9 @@ def _dispatch(name: str, rest: list[str]) -> int:
 
 def _stored_settings(run: Path) -> dict[str, Any]:
     from .artifacts import CONFIG, check_run, read_yaml
+    from .lock import recover
 
+    recover(run)
     check_run(run, CONFIG)
     return read_yaml(run / CONFIG)
 

@@ -51,8 +51,8 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
         artifacts.write_yaml(folder / artifacts.CONFIG, kept)
         artifacts.write_json(folder / artifacts.DATA, {"data": about})
         keeper = Keeper(folder, settings.checkpoint_every, reporter.note)
-        note = lambda guard: reporter.note(str(guard))  # noqa: E731
-        logged_fit(keeper, reporter, trained, steps, learn, settings, token_budget=budget, on_guard=note)
+        options = {"token_budget": budget, "on_guard": lambda guard: reporter.note(str(guard))}
+        logged_fit(keeper, reporter, trained, steps, learn, settings, **options)
         with reporter.stage("save"):
             saved = lora.merge(trained) if settings.rank else trained
             saved.save_pretrained(folder)

@@ -6,8 +6,6 @@ run had finished stays in `.NAME.partial`, where `--resume` finds it.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import secrets
@@ -20,6 +18,7 @@ from typing import Any
 from . import artifacts
 from .artifacts import IDENTITY, MANIFEST
 from .errors import DataError, ResourceError, UsageError
+from .lock import beside, locked, recover
 from .registry import lookup
 
 # Written again at every start: a partial folder that holds nothing else has nothing that could be resumed.
@@ -28,7 +27,7 @@ WRITTEN_AT_START = {IDENTITY, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMAR
 
 def partial_of(out: Path) -> Path:
     """Where a run is built before it takes the name `out`."""
-    return _beside(out.resolve(), "partial")
+    return beside(out.resolve(), "partial")
 
 
 def check_new(out: Path, overwrite: bool = False, resume: bool = False) -> None:
@@ -157,45 +156,6 @@ def copy_files(run: Path, into: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Nobody else works on the folder `out` meanwhile; also puts right what a process killed while renaming left.
-
-    The lock is the kernel's, on a file beside the folder, so it ends with the process whatever happens to it.
-    """
-    path = _beside(out, "lock")
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    break  # else its holder has just removed it: what we hold is a lock on nothing
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise ResourceError(f"{out}: another process is working on this folder.") from error
-        os.close(descriptor)
-    try:
-        _settle(out)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _settle(out: Path) -> None:
-    old = _beside(out, "old")
-    if old.exists() and not out.exists():  # killed between the two renames of `_swap`
-        old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(out: Path, what: str) -> Path:
-    return out.parent / f".{out.name}.{what}"
-
-
-@contextmanager
 def _work_folder(
     out: Path, overwrite: bool, resume: bool = False, replace: bool = False
 ) -> Iterator[tuple[Path, bool]]:
@@ -274,9 +234,9 @@ def _publish(partial: Path, out: Path) -> None:
         artifacts.sync(path)
     artifacts.write_manifest(partial)
     artifacts.sync(partial)
-    _swap(partial, out, _beside(out, "old"))
+    _swap(partial, out, beside(out, "old"))
     artifacts.sync(out.parent)
-    _remove(_beside(out, "old"))
+    _remove(beside(out, "old"))
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:
@@ -298,5 +258,6 @@ def _remove(folder: Path) -> None:
 
 def verify(run: Path) -> None:
     """Every file of a run against its manifest. Raises DataError naming all that are missing, changed or extra."""
+    recover(run)
     if found := artifacts.differences(run):
         raise DataError(f"{run}: not what its {MANIFEST} says: {', '.join(found)}.")

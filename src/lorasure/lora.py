@@ -103,8 +103,8 @@ def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
     if left_out:
         ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in left_out)
         raise UsageError(
-            f"Layer '{left_out[0]}' cannot get an adapter: in {model.config.model_type} models, peft takes its name for "
-            f"that of experts. Leave it out with --exclude {','.join(ends)}."
+            f"Layer '{left_out[0]}' cannot get an adapter: in {model.config.model_type} models, peft takes its name "
+            f"for that of experts. Leave it out with --exclude {','.join(ends)}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,7 @@ def commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
+@functools.cache  # a branch may move on while a command works: tokenizer, model and fresh model are of one commit
 def _fetched(model: str, revision: str | None, allow_pickle: bool) -> Path:
     """First what describes the model, then the weights that it names."""
     from huggingface_hub import snapshot_download

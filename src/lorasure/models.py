@@ -71,6 +71,9 @@ def load_model(
         raise ResourceError(f"--model {model} does not fit in the memory of {device} as {dtype}.") from error
     loaded.config.use_cache = False
     loaded = loaded.eval().requires_grad_(False)
+    for module in loaded.modules():  # of bitsandbytes, on a CPU: a faster product that has no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     check_causal(loaded, model)
     return loaded
 

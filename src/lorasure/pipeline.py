@@ -105,7 +105,8 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
     artifacts.check_run(run, artifacts.START, artifacts.TRAINED)
     bench = _reopen(run, settings, reporter, ExportSettings)
     start = Start.load(run / artifacts.START, bench.sites)
-    before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
+    with artifacts.as_written(run / artifacts.SUMMARY):
+        before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with folders.changed_run(run, kept, settings.overwrite) as changed:
         _write_inputs(bench, changed)
@@ -116,8 +117,11 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
 
 def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
     """The trained model of a run, rebuilt from its files."""
+    trained = Start.load(run / artifacts.TRAINED, bench.sites)
+    if trained.layout() != start.layout():
+        raise DataError(f"{run}: {artifacts.TRAINED} and {artifacts.START} are not of the same run.")
     wrapped = attach_start(bench, start)
-    lora.set_trained(wrapped, Start.load(run / artifacts.TRAINED, bench.sites).factors)
+    lora.set_trained(wrapped, trained.factors)
     return wrapped
 
 
@@ -184,10 +188,13 @@ def _reopen(run: Path, settings: ForgetSettings, reporter: Reporter | None, *sta
             raise UsageError(f"{flag(name)} is settled by an earlier stage of {run}; start a new run to change it.")
     bench = Workbench(settings, reporter)
     bench.prepare()
+    with artifacts.as_written(run):
+        rows = {name: about["sha256"] for name, about in artifacts.read_json(run / artifacts.DATA).items()}
+        files = artifacts.read_json(run / artifacts.SUMMARY)["base"]["files"]
     for name, part in zip(("forget", "retain"), bench.data, strict=True):
-        if part.about()["sha256"] != artifacts.read_json(run / artifacts.DATA)[name]["sha256"]:
+        if part.about()["sha256"] != rows.get(name):
             raise DataError(f"--{name} {part.source}: the rows have changed since {run} was made; start a new run.")
-    if bench.fingerprint["files"] != artifacts.read_json(run / artifacts.SUMMARY)["base"]["files"]:
+    if bench.fingerprint["files"] != files:
         raise DataError(f"--model {settings.model}: the weights have changed since {run} was made; start a new run.")
     return bench
 

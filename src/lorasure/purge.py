@@ -6,6 +6,7 @@ from pathlib import Path
 
 from . import artifacts, folders
 from .errors import DataError
+from .lock import recover
 
 # Anything that is not named here goes: a file that we do not know may hold anything.
 STAYS = {artifacts.CONFIG, artifacts.SUMMARY, artifacts.LOG, "scores.json"}
@@ -20,6 +21,7 @@ def purge(run: Path) -> list[str]:
     names of what was removed. The run takes its new form whole, or stays as it was; what is deleted may still be read
     off the disk by other means.
     """
+    recover(run)
     names = artifacts.read_manifest(run).keys()
     stays = [name for name in names if name in STAYS or name.split("/")[0] in STAYS_IN]
     hashes = _row_hashes(run)
@@ -41,4 +43,5 @@ def _row_hashes(run: Path) -> set[str]:
         data = artifacts.read_json(run / artifacts.DATA)
     except DataError:
         return set()
-    return {part["sha256"] for part in data.values()}
+    with artifacts.as_written(run / artifacts.DATA):
+        return {part["sha256"] for part in data.values()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import artifacts, card, lora
 from .data.examples import Example, collate
-from .errors import NumericError
+from .errors import DataError, NumericError
 from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
 from .forward import Progress, answer_logits, answer_records
 from .importance.activations import second_moments
@@ -48,6 +48,10 @@ class Start:
             if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
                 raise NumericError(f"train: the trained factors of site '{site.name}' are not finite.")
 
+    def layout(self) -> dict[Site, int]:
+        """Which layers, and the rank of each."""
+        return {site: len(f.A) for site, f in self.factors.items()}
+
     def save(self, path: Path, importance: Mapping[str, float] | None = None) -> None:
         """All tensors in one file, under site|B, site|A and site|basis; the mean importance of sites in its header."""
         tensors = {f"{site.name}|{k}": t for site, f in self.factors.items() for k, t in (("B", f.B), ("A", f.A))}
@@ -63,11 +67,17 @@ class Start:
 
     @classmethod
     def load(cls, path: Path, sites: Sequence[Site]) -> Start:
-        """What `save` wrote, for those of `sites` that are in it."""
+        """What `save` wrote, for those of `sites` that are in it; a DataError if it does not fit them."""
         tensors, _ = artifacts.read_tensors(path)
         chosen = [site for site in sites if f"{site.name}|A" in tensors]
-        factors = {site: Factors(tensors[f"{site.name}|B"], tensors[f"{site.name}|A"]) for site in chosen}
+        with artifacts.as_written(path):
+            factors = {site: Factors(tensors[f"{site.name}|B"], tensors[f"{site.name}|A"]) for site in chosen}
         bases = {site: tensors[f"{site.name}|basis"] for site in chosen if f"{site.name}|basis" in tensors}
+        for site, f in factors.items():
+            if f.B.shape != (site.shape[0], len(f.A)) or f.A.shape[1:] != (site.shape[1],):
+                raise DataError(f"{path}: the factors of layer '{site.name}' do not fit it.")
+        if not factors:
+            raise DataError(f"{path}: there are no factors of this model's layers in it.")
         return cls(factors, bases)
 
 

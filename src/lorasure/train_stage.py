@@ -11,6 +11,7 @@ from typing import Any
 from . import artifacts, lora
 from .checkpoint import Keeper, Utility, remove_checkpoints
 from .data.pairing import sample
+from .errors import DataError
 from .objective import forget_steps, retain_penalty
 from .progress import Reporter
 from .stages import Start, mean_probability, score_sets, update_summary
@@ -63,6 +64,8 @@ def logged_fit(
 def attach_start(bench: Workbench, start: Start) -> lora.PeftModel:
     """The base with the start's adapter, which computes what the base does."""
     s = bench.settings
+    if other := set(start.layout().values()) - {s.rank}:
+        raise DataError(f"{artifacts.START}: its factors have rank {min(other)}, the run's --rank is {s.rank}.")
     return lora.attach(bench.model, start.factors, s.rank, s.alpha, compensate=start.compensated)
 
 

@@ -74,8 +74,8 @@ class Workbench:
     def within_memory(self, attempt: Callable[..., Result], examples: Sequence[Example], what: str) -> Result:
         """`attempt(token_budget=...)` over examples, in smaller passes when memory runs out."""
         lengths = [len(e) for e in examples]
-        again = lambda budget: attempt(token_budget=budget)  # noqa: E731
-        return within_memory(again, self.token_budget, lengths, what, self.fired)[0]
+        budget, fired = self.token_budget, self.fired
+        return within_memory(lambda tokens: attempt(token_budget=tokens), budget, lengths, what, fired)[0]
 
     @property
     def init(self) -> Init:

@@ -120,7 +120,9 @@ class Importance:
             for factor, kept in measured[site.name].items():
                 for tensor in kept.tensors().values():
                     if tuple(tensor.shape) != shapes.get(factor) or not tensor.is_floating_point():
-                        raise DataError(f"--importance: the moments of layer {site.name} do not fit it; measure it again.")
+                        raise DataError(
+                            f"--importance: the moments of layer {site.name} do not fit it; measure it again."
+                        )
                     if not torch.isfinite(tensor).all():
                         raise NumericError(f"--importance: the moments of layer {site.name} are not finite.")
 

@@ -1,0 +1,60 @@
+"""One process at a time on a folder, by a lock that ends with its process; and what such an end may leave behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import ResourceError
+
+
+def beside(out: Path, what: str) -> Path:
+    """A hidden name next to a folder: `.NAME.what`."""
+    return out.parent / f".{out.name}.{what}"
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Nobody else works on the folder `out` meanwhile; also puts right what a process killed while renaming left.
+
+    The lock is the kernel's, on a file beside the folder, so it ends with the process whatever happens to it.
+    """
+    path = beside(out, "lock")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break  # else its holder has just removed it: what we hold is a lock on nothing
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise ResourceError(f"{out}: another process is working on this folder.") from error
+        os.close(descriptor)
+    try:
+        _settle(out)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def recover(out: Path) -> None:
+    """Bring back a folder whose replacement was killed between two renames. To be called before one is only read."""
+    if beside(out.resolve(), "old").exists():
+        with locked(out.resolve()):
+            pass
+
+
+def _settle(out: Path) -> None:
+    old = beside(out, "old")
+    if old.exists() and not out.exists():  # killed between the two renames of `_swap`
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
