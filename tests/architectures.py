@@ -83,4 +83,5 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A model of ARCHITECTURES, the same at every call: frozen, in evaluation mode. `overrides`: of its settings."""
     torch.manual_seed(0)
-    return ARCHITECTURES[name](**overrides).to(dtype=dtype).eval().requires_grad_(False)
+    model: Any = ARCHITECTURES[name](**overrides)
+    return model.to(dtype).eval().requires_grad_(False)

@@ -333,7 +333,7 @@ def test_killed_at_every_write_of_a_save(tmp_path, injected):
     "no space, no permission, read-only or failing disk at every write of a save",
     "P1",
     "the earlier run is untouched",
-    "folders.py: _swap does not bring the old run back",
+    "folders.py: _swap deletes the old run first",
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
 def test_a_disk_that_fails_at_every_write(tmp_path, monkeypatch, number, injected):
