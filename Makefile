@@ -29,7 +29,7 @@ fuzz: .venv/ready ## damaged inputs for every reader, 200,000 each
 	$(BIN)/python benchmarks/reliability/fuzz.py
 
 guarantees: .venv/ready ## the table of injected faults in docs/guarantees.md
-	$(BIN)/python -m pytest --faults benchmarks/results/faults.json
+	$(BIN)/python -m pytest --faults=benchmarks/results/faults.json
 	$(BIN)/python benchmarks/reliability/guarantees.py
 
 bench-speed: .venv/ready ## against the published scripts and what is typical today

@@ -1,4 +1,4 @@
-"""The table of injected faults: tests say what they inject, and `pytest --faults FILE` writes what became of it.
+"""The table of injected faults: tests say what they inject, and `pytest --faults=FILE` writes what became of it.
 
 `@pytest.mark.fault(name, promise, outcome, mutation)` on a test: what was injected, the promise (P1 to P11) that it
 tries, what happens instead of a loss, and the change to the source that was seen to make the test fail. Each call of

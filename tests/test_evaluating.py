@@ -136,6 +136,30 @@ def test_borrowed_wrong_answers_are_other_rows_answers_seeded_and_marked() -> No
     assert with_wrong_answers((own, rows[1]), seed=0)[0] is own
 
 
+def test_out_of_memory_makes_smaller_batches_and_the_same_records(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = EvaluationSet("forget", made(), FULL)
+    expected = collect(subject, chosen)
+    forward, generate = collecting.answer_records, collecting.generate
+
+    def measures(model: object, examples: list, token_budget: int) -> list:
+        if token_budget > 60:
+            raise torch.OutOfMemoryError
+        return forward(model, examples, token_budget)
+
+    def generates(subject: Subject, prompts: list, generation: Generation) -> list:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return generate(subject, prompts, generation)
+
+    monkeypatch.setattr(collecting, "answer_records", measures)
+    monkeypatch.setattr(collecting, "generate", generates)
+    small = replace(subject, token_budget=100_000, guards=[])
+    assert close(collect(small, chosen), expected)
+    assert {guard["where"] for guard in small.guards} == {"evaluate", "generate"}
+
+
 # --- files
 
 

@@ -511,6 +511,7 @@ def without(part):
 
 
 SMALLER = tensors(lambda found: {name: t[:1] for name, t in found.items()})
+LOWER = tensors(lambda found: {name: t[:1] if name.endswith("|B") else t for name, t in found.items()})
 NAN = tensors(lambda found: {name: t * float("nan") for name, t in found.items()})
 OTHER = tensors(lambda found: {"x": torch.zeros(1)})
 TAMPERED = [
@@ -523,9 +524,15 @@ TAMPERED = [
         ("summary.json", text(content), "train", 3)
         for content in ("{}", "[]", '{"base": []}', '{"base": {"files": 3}}')
     ),
-    *(("init.safetensors", change, "train", 3) for change in (without("|B"), without("|A"), OTHER, SMALLER, text("x"))),
+    *(
+        ("init.safetensors", change, "train", 3)
+        for change in (without("|B"), without("|A"), OTHER, SMALLER, LOWER, text("x"))
+    ),
     ("init.safetensors", NAN, "train", 4),
-    *(("trained.safetensors", change, "export", 3) for change in (without("|B"), without("0.mlp"), OTHER, SMALLER)),
+    *(
+        ("trained.safetensors", change, "export", 3)
+        for change in (without("|B"), without("0.mlp"), OTHER, SMALLER, LOWER)
+    ),
     ("trained.safetensors", NAN, "export", 4),
     *(
         ("importance.safetensors", change, "init", 3)

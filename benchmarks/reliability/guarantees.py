@@ -1,6 +1,6 @@
 """Write the table of injected faults into docs/guarantees.md, between its two marks.
 
-    make guarantees      # pytest --faults benchmarks/results/faults.json, then this file
+    make guarantees      # pytest --faults=benchmarks/results/faults.json, then this file
 
 The rows come from the tests themselves: `@pytest.mark.fault` says what is injected, which promise it tries and which
 change to the source was seen to make the test fail; the run says how often it was injected and whether it passed.

@@ -57,7 +57,7 @@ def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None)
     with folders.resumable_folder(out, _identity(settings, about), **options) as folder:
         records = measure(subject, suite, sets, settings, reporter, folder)
         hidden = keep_hidden(subject, sets, folder)
-        found = Evaluation(str(out), about | {"seconds": subject.seconds}, records, hidden)
+        found = Evaluation(str(out), about | {"seconds": subject.seconds, "guards": subject.guards}, records, hidden)
         scores = suite.score(found, reference)
         artifacts.write_json(folder / ABOUT, found.about)
         write_scores(folder, scores)

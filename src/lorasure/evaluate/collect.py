@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config import ModelSettings
-from ..data.examples import Example, Row, collate
+from ..data.examples import Example, Row, collate, micro_batches
 from ..data.load import encode_rows
 from ..errors import DataError
 from ..forward import Progress, answer_records, base_of
 from ..forward import Record as Measured
+from ..memory import within_memory
 from .behaviour import compression_ratio, is_refusal, ngram_entropy, repetition
 from .evaluation import Record
 from .inside import gradient_norms
@@ -60,11 +61,12 @@ class EvaluationSet:
     change: Callable[[Item], Item] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Subject:
     """The model to be measured, and how text becomes tokens for it.
 
-    `base`: the fingerprint of the model without its adapter. `seconds` adds up the time of each measure.
+    `base`: the fingerprint of the model without its adapter. `seconds` adds up the time of each measure, `guards` says
+    when memory ran out; `token_budget` is then smaller.
     """
 
     model: Any
@@ -74,6 +76,7 @@ class Subject:
     keep_text: bool = False
     base: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    guards: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,14 @@ def _measured(subject: Subject, block: Sequence[Item], chosen: EvaluationSet) ->
     sequences: list[Example] = []
     for item in block:
         sequences += [item.example, *([item.paraphrase] if _own_paraphrase(item) else []), *item.wrong]
-    measured = iter(answer_records(subject.model, sequences, subject.token_budget))
+    found, subject.token_budget = within_memory(
+        lambda tokens: answer_records(subject.model, sequences, tokens),
+        subject.token_budget,
+        [len(e) for e in sequences],
+        "evaluate",
+        subject.guards.append,
+    )
+    measured = iter(found)
     records = []
     for item in block:
         true = next(measured)
@@ -225,7 +235,17 @@ def _own_paraphrase(item: Item) -> bool:
 def _answered(subject: Subject, block: Sequence[Item], generation: Generation) -> list[Record]:
     """Fields of the generated answers."""
     began = time.perf_counter()
-    answers = generate(subject, [item.prompt for item in block], generation)
+    prompts = [item.prompt for item in block]
+    lengths = [len(prompt) + generation.new_tokens for prompt in prompts]
+
+    def attempt(token_budget: int) -> list[tuple[str, int]]:
+        said: dict[int, tuple[str, int]] = {}
+        for group in micro_batches(lengths, token_budget):
+            said |= zip(group, generate(subject, [prompts[i] for i in group], generation), strict=True)
+        return [said[i] for i in range(len(block))]
+
+    whole = len(block) * max(lengths)
+    answers, _ = within_memory(attempt, whole, lengths, "generate", subject.guards.append)
     records = []
     for item, (text, tokens) in zip(block, answers, strict=True):
         expected = item.answer
