@@ -6,6 +6,8 @@ import json
 import os
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conftest import write_rows
@@ -145,3 +147,15 @@ def test_a_long_value_raises_the_limit_of_csv_for_this_file_only_as_far_as_neede
     path = tmp_path / "rows.csv"
     path.write_text("text\n" + "x" * 300_000 + "\n")
     assert len(read_rows(path).rows[0].answer) == 300_000
+
+
+@pytest.mark.fault(
+    "text in a Parquet file that is not UTF-8", "P8", "exit 3", "no ValueError among the exceptions of readers._parquet"
+)
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["abcdefgh"]}), path, compression="none", use_dictionary=False)
+    assert read_rows(path).rows[0].answer == "abcdefgh"
+    path.write_bytes(path.read_bytes().replace(b"abcdefgh", b"ab\xff\xfeefgh"))
+    with pytest.raises(DataError, match="not a valid Parquet file"):
+        read_rows(path)

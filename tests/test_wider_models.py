@@ -274,6 +274,11 @@ def test_a_quantised_base_is_refused_by_its_method(method, refusal):
     assert code == DataError.exit_code and f"llama is not supported: it is quantised with {method};" in line
 
 
+def test_a_model_of_another_kind_is_refused_by_its_configuration(refusal):
+    code, line = refusal(tiny_llama(), {"model_type": "clip"})
+    assert code == DataError.exit_code and line.endswith("has no causal language model with a CLIPConfig.")
+
+
 def test_a_model_without_a_vocabulary_or_that_cannot_run_is_refused(monkeypatch):
     model = tiny_llama()
     with monkeypatch.context() as patch, pytest.raises(DataError, match=r"LlamaForCausalLM.* no projection to a vocab"):

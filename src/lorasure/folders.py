@@ -186,7 +186,8 @@ def _work_folder(
 def _parents(out: Path) -> Iterator[None]:
     """Make the folders above `out`; those that are empty after an error go again."""
     made = [p for p in out.parents if not p.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        folder.mkdir(mode=0o700, exist_ok=True)
     try:
         yield
     except BaseException:

@@ -121,7 +121,7 @@ def _check_kind(config: Mapping[str, Any], model: str) -> None:
     kind = config.get("model_type")
     parts = sorted(name for name, part in config.items() if isinstance(part, Mapping) and part.get("model_type"))
     quantised = config.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+    method = (isinstance(quantised, Mapping) and quantised.get("quant_method")) or "a method not named"
     reason = None
     if config.get("is_encoder_decoder"):
         reason = "an encoder-decoder, not a causal language model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def _reason(error: Exception) -> str:
         return "it needs code of its own, and code that comes with a model is never run."
     if type(error).__name__ == "UnpicklingError":
         return "its pickle holds something other than tensors, and nothing else is read."
+    if unknown := re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'>", text):
+        return f"transformers has no causal language model with a {unknown[1]}."
     return text.splitlines()[0]
 
 
