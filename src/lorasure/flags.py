@@ -66,9 +66,7 @@ def _parser(command: str, title: str, settings: type[Settings], stored: Mapping[
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the settings below, by their names"
-    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below, by their names")
     types = typing.get_type_hints(settings)
     for heading, members in _groups(settings).items():
         group = parser.add_argument_group(heading)
