@@ -28,7 +28,7 @@ def test_every_command_in_the_readme_exists() -> None:
 
 def test_every_flag_in_the_readme_exists() -> None:
     known = {flag(f.name) for command in COMMANDS.values() for f in fields(command.settings)}
-    known |= {"--config", "--print_config", "--help", "--constraint"}
+    known |= {"--config", "--print_config", "--help", "--constraint", "--nproc-per-node"}
     assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known
 
 

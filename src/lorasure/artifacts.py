@@ -272,9 +272,12 @@ def read_manifest(folder: Path) -> dict[str, str]:
 def _is_inside(folder: Path, name: str) -> bool:
     """Whether this can only be a file of the folder: no absolute path, no `..`, no link that leads out of it."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
+    if path.is_absolute() or ".." in path.parts:
         return False
-    return Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
+    try:
+        return Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a NUL or half a surrogate pair: no file has such a name
+        return False
 
 
 def check_run(run: Path, *needed: str) -> None:

@@ -43,14 +43,16 @@ def _forget(settings: config.ForgetSettings) -> None:
     from . import pipeline, show
 
     result = pipeline.forget(settings, _reporter())
-    show.result(result.folder, result.summary)
+    if not _follower():
+        show.result(result.folder, result.summary)
 
 
 def _importance(settings: config.ForgetSettings) -> None:
     from . import pipeline
 
     run = pipeline.importance_command(settings, _reporter())
-    _say(f"Run folder: {run}. Next: lorasure init {run}")
+    if not _follower():
+        _say(f"Run folder: {run}. Next: lorasure init {run}")
 
 
 def _init(run: Path, settings: config.ForgetSettings) -> None:
@@ -153,7 +155,12 @@ def _compare(places: list[Path], settings: CompareSettings) -> None:
 def _reporter() -> Any:
     from .progress import Reporter
 
-    return Reporter()
+    return Reporter(quiet=_follower())
+
+
+def _follower() -> bool:
+    """Whether a launcher started this process beside a first one, which does the talking."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 COMMANDS: dict[str, Command] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ SAME = 0.02  # of the largest logit: above the rounding of any dtype, below what
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the accelerator when there is one, else the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto" and found and (local := os.environ.get("LOCAL_RANK")):
+        return torch.device(found.type, int(local))  # one of several processes: each has its own
     if name == "auto":
         return found or torch.device("cpu")
     try:

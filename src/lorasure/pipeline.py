@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import artifacts, folders, lora
+from . import artifacts, folders, lora, processes
 from .config import (
     PER_CALL,
     ExportSettings,
@@ -128,12 +129,25 @@ def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
 @contextmanager
 def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tuple[Workbench, Path]]:
     """A checked workbench and the folder of a new run. What is wrong with the input shows before a folder exists."""
-    out = Path(settings.out)
-    folders.check_new(out, settings.overwrite, settings.resume)
-    bench = Workbench(settings, reporter)
-    bench.prepare()
-    with _resumable(bench, out) as run:
-        yield bench, run
+    with processes.joined(), _own_place(settings) as own:
+        out = Path(own.out)
+        folders.check_new(out, own.overwrite, own.resume)
+        bench = Workbench(own, reporter)
+        bench.prepare()
+        with _resumable(bench, out) as run:
+            yield bench, run
+
+
+@contextmanager
+def _own_place(settings: ForgetSettings) -> Iterator[ForgetSettings]:
+    """Only the first of several processes writes the run; the others work in a folder that goes afterwards."""
+    if processes.size() > 1 and settings.resume:
+        raise UsageError("--resume goes on in one process; the result is the same up to the order of summation.")
+    if processes.rank() == 0:
+        yield settings
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield replace(settings, out=str(Path(folder) / "run"), overwrite=False)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import processes
 from .config import OptimizerSettings
 from .data.examples import micro_batches
 from .errors import NumericError, ResourceError, UsageError
@@ -136,7 +137,8 @@ def fit(
     # The model stays where it is. Naming a device here would fix it for the whole process, in accelerate's own state.
     accelerator = Accelerator(device_placement=False)
     model.eval()
-    wrapped = accelerator.prepare(model)
+    # Not for several processes: DDP wants as many passes in each, and averages. Here a step's sums are added up, once.
+    wrapped = accelerator.prepare(model) if processes.size() == 1 else model
     step_of = partial(_step, training, accelerator, partial(objective, wrapped), settings)
     step_of = partial(step_of, term_weights or {}, penalty, ceilings or {}, on_guard or (lambda _: None))
     with (
@@ -176,14 +178,16 @@ def _step(
 
     def attempt(token_budget: int) -> dict[str, float]:
         training.optimizer.zero_grad()  # all that an attempt before this one has changed
-        means = _backward(accelerator, objective, step, micro_batches(lengths, token_budget), term_weights)
-        if penalty:
-            means["penalty"] = penalty()
-            accelerator.backward(means["penalty"])
-        return {name: value.item() for name, value in means.items()}
+        groups = processes.share(micro_batches(lengths, token_budget))
+        return _backward(accelerator, objective, step, groups, term_weights)
 
     where = f"train, step {number}"
-    losses, training.token_budget = within_memory(attempt, training.token_budget, lengths, where, fired)
+    means, training.token_budget = within_memory(attempt, training.token_budget, lengths, where, fired)
+    means = _add_up(means, list(training.parameters.values()), {unit.term for unit in step})
+    if penalty:  # of the weights alone, so it is the same in every process
+        means["penalty"] = penalty()
+        accelerator.backward(means["penalty"])
+    losses = {name: value.item() for name, value in means.items()}
     norm = _finite_norm(number, losses, training.parameters)
     training.first = training.first or losses
     _check_divergence(number, losses, float(norm), training, ceilings, settings.max_grad_growth)
@@ -219,6 +223,21 @@ def _backward(
         for name, value in terms.items():
             means[name] = means.get(name, 0) + value.detach()
     return means
+
+
+def _add_up(means: Sums, parameters: Sequence[Tensor], terms: Iterable[str]) -> Sums:
+    """The means of all `terms`, and the gradients in place, over all processes, of which each has done a share."""
+    if processes.size() == 1:
+        return means
+    zero = torch.zeros((), device=parameters[0].device)
+    total = {name: means.get(name, zero).clone() for name in sorted(terms)}
+    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=zero.device)
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    processes.add_up([*total.values(), reached, *(p.grad for p in parameters if p.grad is not None)])
+    for p, count in zip(parameters, reached.tolist(), strict=True):
+        p.grad = p.grad if count else None  # as with one process: AdamW leaves alone what no row has reached
+    return total
 
 
 def _finite_norm(step: int, losses: Mapping[str, float], parameters: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import processes
 from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError, UsageError
 from ..forward import Progress, answer_logits
@@ -104,11 +105,12 @@ def moments(
                 kept.setdefault(name, Moments.empty(value.shape[1:], device)).update(value)
 
     with tap(model, sites, backward=observe):
-        for group in micro_batches([len(e) for e in examples], token_budget):
+        for group in processes.share(micro_batches([len(e) for e in examples], token_budget)):
             batch = [examples[i] for i in group]
             backward(model, batch)
             if progress:
-                progress(len(batch))
+                progress(len(batch) * processes.size())
+    _add_up(result, sites, probe, device)
     _complete(result, sites, probe, len(examples), device)
     _check_finite(result)
     return result
@@ -123,6 +125,16 @@ def backward(model: PreTrainedModel, batch: Sequence[Example]) -> None:
         raise NumericError(f"importance: the model's loss on {batch[worst].place} is {losses[worst].item()}.")
     if losses.requires_grad:  # else no token was routed to any of the experts that are listened to
         losses.sum().backward()
+
+
+def _add_up(result: SetMoments, sites: Sequence[Site], probe: Probe, device: torch.device) -> None:
+    """Over all processes, in the order of the sites, as every process must come to every sum."""
+    if processes.size() == 1:
+        return
+    for site in sites:
+        kept = result.setdefault(site.name, {})
+        for name, shape in probe.shapes(site).items():
+            kept.setdefault(name, Moments.empty(shape, device)).add_up()
 
 
 def _complete(result: SetMoments, sites: Sequence[Site], probe: Probe, count: int, device: torch.device) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .. import processes
+
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64: on its own device, or on the CPU where the device (Apple's MPS) has no float64."""
@@ -52,6 +54,19 @@ class Moments:
         self.squares += other.squares + delta.square_() * (self.count * share)
         self.absolute += (other.absolute - self.absolute) * share
         self.count = total
+
+    def add_up(self) -> None:
+        """Become the moments over all processes, each of which has seen other examples."""
+        if processes.size() == 1:
+            return
+        count = torch.tensor(float(self.count), device=self.mean.device)
+        mean, absolute = self.mean * self.count, self.absolute * self.count
+        processes.add_up([count, mean, absolute])
+        total = int(count)
+        mean /= max(total, 1)
+        squares = self.squares + (self.mean - mean).square() * self.count
+        processes.add_up([squares])
+        self.count, self.mean, self.squares, self.absolute = total, mean, squares, absolute / max(total, 1)
 
     def to(self, device: torch.device | None) -> Moments:
         """The same moments on `device`; None leaves them where they are."""
