@@ -70,7 +70,7 @@ def test_modular_stays_inside_the_group():
 
 
 def test_modular_errors():
-    with pytest.raises(DataError, match="no retain row has the group of forget row 2.$"):
+    with pytest.raises(DataError, match=r"no retain row has the group of forget row 2.$"):
         pairs(["a", "b"], ["a"], epoch=0, seed=0, mode="modular")
     with pytest.raises(UsageError, match="retain row 2 has no group"):
         pairs(["a"], ["a", None], epoch=0, seed=0, mode="modular")

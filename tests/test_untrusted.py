@@ -368,6 +368,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         (b"template: \xff\xfe\n", "not valid YAML"),
         (b"seed: !!python/object/apply:os.system ['touch canary']\n", "could not determine a constructor"),
         (b"seed: !!timestamp x\n", "not valid YAML"),
+        (b"template: '!!timestamp x'\n", "cannot be read"),
+        (b"base: &b {epochs:" + b"[" * 20_000, "not valid YAML"),  # a slow reader would take minutes
         (b"\x00", "not valid YAML"),
     ],
     ids=[
@@ -380,6 +382,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         "not UTF-8",
         "object",
         "no date",
+        "no date in a text",
+        "slow",
         "NUL",
     ],
 )
@@ -420,7 +424,9 @@ def test_a_run_folder_with_hostile_settings(tmp_path, capfd, stored):
 @pytest.mark.fault(
     "a manifest, or a link in a run, that leads out of the folder", "P8", "exit 3", "`return True` in _is_inside"
 )
-@pytest.mark.parametrize("name", ["../secret.txt", "a/../../secret.txt", "ABSOLUTE", "link.txt", "deep/secret.txt"])
+@pytest.mark.parametrize(
+    "name", ["../secret.txt", "a/../../secret.txt", "ABSOLUTE", "link.txt", "deep/secret.txt", "\0", "\ud800"]
+)
 def test_a_manifest_cannot_name_files_outside(tmp_path, name):
     secret = tmp_path / "secret.txt"
     secret.write_text("x")

@@ -32,7 +32,7 @@ ADAPTER = "adapter"
 MERGED = "merged"
 NESTING = 50  # levels of YAML: far more than any file of ours has, far fewer than make its readers fail
 
-
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same for the look ahead and for reading
 _UNFINISHED = re.compile(r"\..*\.partial-\d+")
 
 
@@ -149,7 +149,7 @@ def _too_much(text: str) -> str | None:
     """
     anchored, depth = False, 0
     with suppress(yaml.YAMLError):  # text that is no YAML, or not to its end, is neither
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        for event in yaml.parse(text, Loader=_LOADER):
             if isinstance(event, yaml.AliasEvent) and anchored:
                 return "aliases are not read"
             anchored = anchored or getattr(event, "anchor", None) is not None
@@ -167,7 +167,7 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         if why := _too_much(text):
             raise yaml.MarkedYAMLError(problem=why)
-        return yaml.safe_load(text)
+        return _LOADER(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise DataError(f"{path}{line}: not usable YAML ({error.problem}).") from error

@@ -36,6 +36,8 @@ def parse(
         values = parser.parse_args(list(arguments)).as_dict()
     except argparse.ArgumentError as error:
         raise UsageError(_in_our_words(" ".join(str(error).split()), settings)) from error
+    except Exception as error:  # jsonargparse reads every text as YAML, which fails in any way where a tag does not fit
+        raise UsageError(f"A flag or setting cannot be read ({type(error).__name__}).") from error
     values.pop("config", None)
     return settings.from_dict(values)
 

@@ -217,6 +217,7 @@ class Ledger:
         plain = {
             step: {key: score.to_json() for key, score in scores.items()} for step, scores in self.measured.items()
         }
+        self.out.mkdir(mode=0o700, parents=True, exist_ok=True)
         artifacts.write_json(self.out / LEDGER, self.about | {"measured": plain})
 
 

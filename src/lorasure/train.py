@@ -176,7 +176,7 @@ def _step(
     rows = max(len(unit.sequences) for unit in step)
     lengths = [unit.width * rows for unit in step]
 
-    def attempt(token_budget: int) -> dict[str, float]:
+    def attempt(token_budget: int) -> Sums:
         training.optimizer.zero_grad()  # all that an attempt before this one has changed
         groups = processes.share(micro_batches(lengths, token_budget))
         return _backward(accelerator, objective, step, groups, term_weights)
