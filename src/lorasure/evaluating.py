@@ -91,9 +91,10 @@ def load_subject(settings: SuiteSettings) -> Subject:
     """The model of the settings, with its adapter if there is one."""
     device = pick_device(settings.device)
     adapter = adapter_folder(settings.adapter) if settings.adapter else None
-    tokenizer = load_tokenizer(settings.model, settings.revision)
+    options: dict[str, Any] = {"revision": settings.revision, "allow_pickle": settings.allow_pickle}
+    tokenizer = load_tokenizer(settings.model, **options)
     dtype = pick_dtype(settings.dtype, device)
-    model: Any = load_model(settings.model, dtype=dtype, device=device, revision=settings.revision)
+    model: Any = load_model(settings.model, dtype=dtype, device=device, **options)
     base = fingerprint(model, settings.located()["model"])  # before the adapter, whose parameters would be counted
     if adapter:
         model = lora.load_adapter(model, adapter)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,8 +134,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _same_task(run: Run, other: Run) -> bool:
-    task, its = ((_identity(r.summary["base"]), r.data.get("forget", {}).get("sha256")) for r in (run, other))
-    return run is not other and task == its and task[1] is not None
+    return run is not other and _task(run) == _task(other) and _task(run)[1] is not None
+
+
+def _task(run: Run) -> tuple[Any, Any]:
+    """Which model and which forget set."""
+    return _identity(run.summary["base"]), run.data.get("forget", {}).get("sha256")
 
 
 def _kind(path: Path) -> str:
@@ -146,25 +149,18 @@ def _kind(path: Path) -> str:
     raise DataError(f"{path}: neither a run nor an evaluation nor an attack folder (none of {', '.join(KINDS)}).")
 
 
-@contextmanager
-def _ours(path: Path) -> Iterator[None]:
-    """What the block reads is laid out as we write it, or a DataError."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not laid out as this program writes it ({type(error).__name__}: {error}).") from error
-
-
 def _read_run(path: Path) -> Run:
     files = artifacts.read_manifest(path)
     there = [name for name in (artifacts.DATA, artifacts.LOG, artifacts.START) if name in files]
     artifacts.check_run(path, artifacts.SUMMARY, *there)
-    with _ours(path):
+    with artifacts.as_written(path):
         summary = artifacts.read_json(path / artifacts.SUMMARY)
         steps = _lines(path / artifacts.LOG) if artifacts.LOG in there else []
         start = artifacts.read_about(path / artifacts.START) if artifacts.START in there else {}
         data = artifacts.read_json(path / artifacts.DATA) if artifacts.DATA in there else {}
-        return Run(path.resolve().name, path, files, summary, data, steps, start.get("importance", {}))
+        run = Run(path.resolve().name, path, files, summary, data, steps, start.get("importance", {}))
+        _task(run)
+        return run
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -178,7 +174,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _belongs(folder: Path, run: Run) -> bool:
-    with _ours(folder):
+    with artifacts.as_written(folder):
         if _kind(folder) == "attack":
             return _about(folder)["adapter"]["sha256"] == run.adapter
         return run.role(_about(folder)) is not None
@@ -220,7 +216,7 @@ def _joined(run: Run, groups: Sequence[Sequence[Path]]) -> Run:
 
 
 def _add(run: Run, suites: dict[str, dict[str, Measured]], folder: Path, earlier: set[tuple[str, str]]) -> None:
-    with _ours(folder):
+    with artifacts.as_written(folder):
         evaluation = read_evaluation(folder)
         artifacts.check_run(folder, SCORES)
         scores = {name: Score.from_json(s) for name, s in artifacts.read_json(folder / SCORES).items()}
@@ -255,7 +251,7 @@ def _with_quality(models: dict[str, Measured]) -> dict[str, Measured]:
 
 def _attacked(run: Run, folder: Path) -> Run:
     artifacts.check_run(folder, ATTACKS)
-    with _ours(folder):
+    with artifacts.as_written(folder):
         points = [
             Point(
                 line["attack"],
