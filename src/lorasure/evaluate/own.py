@@ -16,9 +16,8 @@ from .collect import EvaluationSet, Generation
 from .evaluation import Evaluation
 from .membership import auc, membership_scores, privleak
 from .metrics import Score
-from .representation import similarity
 from .settings import SuiteSettings
-from .tofu import behaviour, capped, memorisation, prefixed, quality, set_scores, utility
+from .tofu import capped, common_scores, prefixed, utility
 
 WRONG_ANSWERS = 5  # per row, as TOFU has
 BORROWED = "wrong answers are those of other rows of the same kind, so the truth ratio is easier than TOFU's"
@@ -70,17 +69,12 @@ def _with_others(row: Row, others: Sequence[str], seed: int) -> Row:
 
 def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Score]:
     """All scores of the suite. Where wrong answers are borrowed, the scores that rest on them say so in `note`."""
-    found: dict[str, Score] = {}
-    for name in evaluation.sets:
-        found |= prefixed(name, set_scores(evaluation, name) | memorisation(evaluation, name))
-        found |= prefixed(name, behaviour(evaluation, name))
-    found |= similarity(evaluation, reference)
+    found = common_scores(evaluation, reference)
     if "holdout" in evaluation.sets:
         sides = [membership_values(evaluation, reference, name) for name in ("forget", "holdout")]
         found |= prefixed("membership", membership_scores(*sides))
         retrained = reference and auc(*(membership_values(reference, None, n)["min_k"] for n in ("forget", "holdout")))
         found["privleak"] = privleak(found["membership_min_k_auc"], retrained)
-    found["forget_quality"] = quality(evaluation, reference)
     for name, without in (("model_utility", []), ("model_utility_without_rouge", ["rouge"])):
         found[name] = Score(None, 0, reason="no rows to keep were given (--retain)")
         if "retain" in evaluation.sets:

@@ -149,14 +149,18 @@ def quality(evaluation: Evaluation, reference: Evaluation | None) -> Score:
     return forget_quality(ratios(evaluation, "forget"), ratios(reference, "forget"))
 
 
-def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Score]:
-    """All scores of the suite; names are `<set>_<score>`, `forget_quality` and the utilities."""
+def common_scores(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Score]:
+    """What every set is scored by, likeness inside, and forget quality."""
     found: dict[str, Score] = {}
     for name in evaluation.sets:
         found |= prefixed(name, set_scores(evaluation, name) | memorisation(evaluation, name))
         found |= prefixed(name, behaviour(evaluation, name))
-    found |= similarity(evaluation, reference)
-    found["forget_quality"] = quality(evaluation, reference)
+    return found | similarity(evaluation, reference) | {"forget_quality": quality(evaluation, reference)}
+
+
+def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Score]:
+    """All scores of the suite; names are `<set>_<score>`, `forget_quality` and the utilities."""
+    found = common_scores(evaluation, reference)
     found["model_utility"] = utility(evaluation)
     found["model_utility_arithmetic"] = utility(evaluation, "arithmetic")
     found["model_utility_without_rouge"] = utility(evaluation, without=["rouge"])
