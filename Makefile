@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench soak fuzz guarantees bench-speed clean
+.PHONY: demo test lint bench soak fuzz guarantees overhead bench-speed clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,9 @@ fuzz: .venv/ready ## damaged inputs for every reader, 200,000 each
 guarantees: .venv/ready ## the table of injected faults in docs/guarantees.md
 	$(BIN)/python -m pytest --faults=benchmarks/results/faults.json
 	$(BIN)/python benchmarks/reliability/guarantees.py
+
+overhead: .venv/ready ## the share of a run's time that goes into its guards
+	$(BIN)/python benchmarks/reliability/overhead.py
 
 bench-speed: .venv/ready ## against the published scripts and what is typical today
 	$(BIN)/python benchmarks/speed/bench.py
