@@ -18,7 +18,7 @@ from lorasure.data.examples import Example, Row
 from lorasure.data.pairing import sample
 from lorasure.evaluate import attacks
 from lorasure.evaluate.attacks import ATTACKS, NotRun
-from lorasure.evaluate.collect import Subject, items
+from lorasure.evaluate.items import Subject, items
 from lorasure.evaluate.prompts import given, prefixed, with_examples
 from lorasure.evaluate.settings import AttackSettings
 from lorasure.evaluate.victim import AttackRows, Victim

@@ -19,8 +19,9 @@ from lorasure.data.examples import Row, collate
 from lorasure.data.readers import read_rows
 from lorasure.errors import DataError, NumericError
 from lorasure.evaluate import collect as collecting
-from lorasure.evaluate.collect import EvaluationSet, Generation, Subject, collect, items
+from lorasure.evaluate.collect import collect
 from lorasure.evaluate.evaluation import Evaluation, RecordFile, check_comparable, read_evaluation
+from lorasure.evaluate.items import EvaluationSet, Generation, Subject, items
 from lorasure.evaluate.own import WRONG_ANSWERS, with_wrong_answers
 from lorasure.evaluate.rouge import rouge_l
 from lorasure.models import load_model, load_tokenizer

@@ -19,8 +19,9 @@ from lorasure.cli import main
 from lorasure.data.examples import Example, Row
 from lorasure.errors import DataError, UsageError
 from lorasure.evaluate import muse
-from lorasure.evaluate.collect import Generation, Subject, collect, generate
+from lorasure.evaluate.collect import collect, generate
 from lorasure.evaluate.evaluation import Evaluation
+from lorasure.evaluate.items import Generation, Subject
 from lorasure.evaluate.settings import SuiteSettings
 from lorasure.models import load_model, load_tokenizer
 

@@ -13,8 +13,9 @@ from conftest import SHARED, tofu_folder
 from lorasure.config import ForgetSettings, ModelSettings
 from lorasure.data.readers import read_rows
 from lorasure.errors import DataError, UsageError
-from lorasure.evaluate.collect import EvaluationSet, Subject, collect
+from lorasure.evaluate.collect import collect
 from lorasure.evaluate.evaluation import Evaluation
+from lorasure.evaluate.items import EvaluationSet, Subject
 from lorasure.evaluate.settings import SuiteSettings
 from lorasure.evaluate.tofu import capped, load, memorisation, quality, ratios, score, set_scores, utility
 from lorasure.lora import load_adapter

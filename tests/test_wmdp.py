@@ -18,8 +18,8 @@ from lorasure.cli import main
 from lorasure.data.readers import read_rows
 from lorasure.errors import DataError, NumericError, UsageError
 from lorasure.evaluate import wmdp
-from lorasure.evaluate.collect import EvaluationSet, Subject, items
 from lorasure.evaluate.evaluation import Evaluation, read_evaluation
+from lorasure.evaluate.items import EvaluationSet, Subject, items
 from lorasure.evaluate.settings import EvaluateSettings
 from lorasure.evaluating import load_subject
 

@@ -36,7 +36,8 @@ def records(folder: str, shared: Path, adapter: Path | None = None):
 
     from lorasure.config import ModelSettings
     from lorasure.data.readers import read_rows
-    from lorasure.evaluate.collect import EvaluationSet, Subject, collect
+    from lorasure.evaluate.collect import collect
+    from lorasure.evaluate.items import EvaluationSet, Subject
     from lorasure.evaluate.evaluation import Evaluation
     from lorasure.lora import load_adapter
     from lorasure.models import load_model, load_tokenizer

@@ -20,8 +20,9 @@ from .config import DemoSettings, FinetuneSettings, ForgetSettings, ModelSetting
 from .data.examples import Row
 from .data.fictional import countries, people, person_rows, split, world_rows
 from .data.readers import read_rows
-from .evaluate.collect import EvaluationSet, Generation, Subject, collect, generate, items
+from .evaluate.collect import collect, generate
 from .evaluate.evaluation import Evaluation
+from .evaluate.items import EvaluationSet, Generation, Subject, items
 from .evaluate.metrics import Score
 from .evaluate.tofu import memorisation, quality, set_scores, utility
 from .finetune import finetune

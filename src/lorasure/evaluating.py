@@ -17,9 +17,9 @@ from . import artifacts, folders, lora
 from .data.encode import resolved_template
 from .data.load import rows_hash
 from .errors import DataError
-from .evaluate.collect import EvaluationSet, Subject, items
 from .evaluate.evaluation import ABOUT, HIDDEN, Evaluation, Record, RecordFile, check_comparable, write_scores
 from .evaluate.inside import layer_means
+from .evaluate.items import EvaluationSet, Subject, items
 from .evaluate.logs import open_evaluation, write_log
 from .evaluate.metrics import Score
 from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings

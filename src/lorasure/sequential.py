@@ -18,8 +18,9 @@ from .data.examples import Row
 from .data.load import layout, rows_hash
 from .data.readers import check_disjoint, read_rows
 from .errors import UsageError
-from .evaluate.collect import EvaluationSet, collect
+from .evaluate.collect import collect
 from .evaluate.evaluation import Evaluation
+from .evaluate.items import EvaluationSet
 from .evaluate.metrics import Score
 from .evaluate.muse import source
 from .evaluate.settings import EvaluateSettings, SequenceSettings, SuiteSettings

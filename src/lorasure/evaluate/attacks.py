@@ -20,7 +20,8 @@ from ..data.pairing import sample
 from ..objective import learn, learn_steps
 from ..sites import all_sites, weight
 from ..train import fit
-from .collect import BLOCK, Generation, generate, items
+from .collect import BLOCK, generate
+from .items import Generation, items
 from .metrics import mean_score
 from .prompts import PREFIX, given, prefixed, with_examples
 from .quantise import nf4, round_to_nearest

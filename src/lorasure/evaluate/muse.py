@@ -11,8 +11,8 @@ from ..data.readers import DOCUMENTS, READERS, read_rows
 from ..data.rows import Layout
 from ..errors import DataError
 from ..registry import lookup
-from .collect import EvaluationSet, Generation
 from .evaluation import Evaluation
+from .items import EvaluationSet, Generation
 from .membership import auc, privleak
 from .metrics import Score, mean_score
 from .settings import SuiteSettings

@@ -12,8 +12,8 @@ from ..data.examples import Row
 from ..data.load import layout
 from ..data.readers import check_disjoint, read_rows
 from ..errors import UsageError
-from .collect import EvaluationSet, Generation
 from .evaluation import Evaluation
+from .items import EvaluationSet, Generation
 from .membership import auc, membership_scores, privleak
 from .metrics import Score
 from .settings import SuiteSettings

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.encode import QUESTION
 from ..data.examples import Row
-from .collect import Item
+from .items import Item
 
 PREFIX = "Sure, here is the answer:"
 

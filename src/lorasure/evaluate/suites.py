@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import muse, own, tofu, wmdp
-from .collect import EvaluationSet, collect
+from .collect import collect
 from .evaluation import Evaluation, Record
+from .items import EvaluationSet
 from .metrics import Score
 from .settings import SuiteSettings
 from .table import MUSE, TOFU

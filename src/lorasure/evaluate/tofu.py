@@ -12,8 +12,8 @@ from ..data.examples import Row
 from ..data.readers import read_rows
 from ..registry import lookup
 from .behaviour import perplexity
-from .collect import EvaluationSet, Generation
 from .evaluation import Evaluation
+from .items import EvaluationSet, Generation
 from .metrics import (
     Score,
     exact_memorisation,

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from ..config import ForgetSettings
 from ..data.examples import Row
 from ..data.pairing import sample
-from .collect import EvaluationSet, Generation, Subject, collect
+from .collect import collect
 from .evaluation import Evaluation
+from .items import EvaluationSet, Generation, Subject
 from .metrics import Score
 from .settings import AttackSettings
 from .tofu import memorisation, set_scores

@@ -20,8 +20,9 @@ from ..data.examples import Row
 from ..data.readers import read_records
 from ..errors import DataError, NumericError, UsageError
 from ..forward import Progress
-from .collect import EvaluationSet, Item, Subject, items
+from .collect import add_time, by_blocks, cut
 from .evaluation import Evaluation, Record
+from .items import EvaluationSet, Item, Subject, items
 from .metrics import Score, mean_score
 from .muse import source
 from .settings import SuiteSettings
@@ -101,21 +102,15 @@ def collect(
     unknown = next((row for row in rows if row.extra["task"] not in manager.task_index), None)
     if unknown:
         raise DataError(f"{unknown.place}: its subject is none that lm-eval has questions of.")
-    records: list[Record] = []
-    for task, block in _blocks(items(subject, rows, chosen.max_length), rows):
-        found: list[Record] = []
-        if not all(item.index in done for item in block):
-            began = time.perf_counter()
-            samples = _asked(subject, manager, task, block, [rows[item.index].extra["document"] for item in block])
-            found = [_record(item, sample, chosen.name, subject) for item, sample in zip(block, samples, strict=True)]
-            found = [record for record in found if record["row"] not in done]
-            subject.seconds["likelihood"] = subject.seconds.get("likelihood", 0.0) + time.perf_counter() - began
-        if write and found:
-            write(found)
-        records += found
-        if progress:
-            progress(len(block))
-    return sorted(records, key=lambda record: record["row"])
+
+    def measure(block: Sequence[Item]) -> list[Record]:
+        began = time.perf_counter()
+        extras = [rows[item.index].extra for item in block]
+        samples = _asked(subject, manager, extras[0]["task"], block, [extra["document"] for extra in extras])
+        add_time(subject, "likelihood", began)
+        return [_record(item, sample, chosen.name, subject) for item, sample in zip(block, samples, strict=True)]
+
+    return by_blocks(_blocks(items(subject, rows, chosen.max_length), rows), measure, done, write, progress)
 
 
 def _task_manager() -> Any:
@@ -127,16 +122,14 @@ def _task_manager() -> Any:
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=paths)
 
 
-def _blocks(found: Sequence[Item], rows: Sequence[Row]) -> Iterator[tuple[Any, list[Item]]]:
-    """(task, its questions), longest first."""
+def _blocks(found: Sequence[Item], rows: Sequence[Row]) -> Iterator[Sequence[Item]]:
+    """Questions of one task each, longest first."""
 
     def task(item: Item) -> Any:
         return rows[item.index].extra["task"]
 
-    for name, group in groupby(sorted(found, key=lambda item: (task(item), -item.width, item.index)), task):
-        members = list(group)
-        for start in range(0, len(members), BLOCK):
-            yield name, members[start : start + BLOCK]
+    for _, group in groupby(sorted(found, key=lambda item: (task(item), -item.width, item.index)), task):
+        yield from cut(list(group), BLOCK)
 
 
 def _asked(subject: Subject, manager: Any, task: str, block: Sequence[Item], documents: Sequence[Any]) -> list[Any]:
