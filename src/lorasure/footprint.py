@@ -1,0 +1,212 @@
+"""How much memory a run takes, by stage and part, from the shapes of the model and the lengths of the rows alone.
+
+The formulas and what they were compared with are in docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .data.examples import micro_batches
+from .importance.collect import FULL_CHUNK, Probe
+from .losses.tokens import ROWS
+from .sites import Site, find_sites
+
+FLOAT = 4  # bytes of a float32
+FOUR_BIT = 0.5 + FLOAT / 64  # bytes of a weight: its code, and its share of a scale
+MOMENTS = 3  # tensors per gradient: mean, squares, absolute
+ADAM = 4  # tensors per trained factor: itself, its gradient, two moments
+LOGITS = 4  # float32 tensors (ROWS answer tokens, vocabulary) that a loss has at once
+HEAP = 1.5  # on a CPU, what the C library's allocator takes of the system for every byte of passing tensors
+LIBRARIES = 100 * 2**20  # that are loaded when training begins
+NORMS = 2  # of a layer, each with its input in float32
+DOUBLES = 6  # float64 tensors of a layer's shape that an initialisation works with
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a base model: the `sites` to adapt, weights in linear layers (but the head) and elsewhere, and sizes.
+
+    `width`: bytes of a number in the dtype of the arithmetic. `routed`: the share of a mixture's experts that a token
+    goes to.
+    """
+
+    sites: Sequence[Site]
+    linear: int
+    other: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    width: int
+    routed: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, sites: Sequence[Site], dtype: torch.dtype) -> Shapes:
+        """The shapes of a model, which may be on the meta device."""
+        config = model.config.get_text_config()
+        linear = sum(site.size for site in find_sites(model) if site.parameter is None)
+        total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+        experts = max((site.expert + 1 for site in sites if site.expert is not None), default=1)
+        routed = getattr(config, "num_experts_per_tok", None) or experts
+        sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
+        return cls(sites, linear, total - linear, *sizes, dtype.itemsize, routed / experts)
+
+    def per_token(self) -> float:
+        """Bytes that a pass keeps of a token: what enters and leaves every site, and what enters the norms."""
+        sizes = (sum(site.shape) * (1.0 if site.expert is None else self.routed) for site in self.sites)
+        return self.width * sum(sizes) + FLOAT * NORMS * self.layers * self.hidden
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """A model as its configuration describes it, on the meta device: no weight is read or made."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Lengths of what goes through the model together, and the answer tokens in each."""
+
+    lengths: Sequence[int]
+    answers: Sequence[int]
+
+    def largest(self, token_budget: int) -> tuple[int, int]:
+        """Padded tokens and answer tokens, the most of any micro-batch."""
+        groups = micro_batches(self.lengths, token_budget)
+        tokens = max(len(group) * self.lengths[group[0]] for group in groups)
+        return tokens, max(sum(self.answers[i] for i in group) for group in groups)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that one thing takes during one stage, on the `device` or on the `host`."""
+
+    stage: str
+    place: str
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """All that the memory of a run depends on; `parts` says how much that is.
+
+    `importance`: gradient moments are measured. `directions`: second moments of `outputs` or `inputs` are, or empty.
+    `factors` is 2 for a start with a frozen second half, else 1. `steps`: the rows of every step. `kept`: bytes of
+    states of the original model that training looks up.
+    """
+
+    shapes: Shapes
+    measured: Rows
+    steps: Sequence[Rows]
+    token_budget: int
+    rank: int
+    factors: int
+    probe: Probe
+    importance: bool
+    directions: str
+    coverage: float
+    gradient_checkpointing: bool
+    four_bit: bool
+    on_cpu: bool
+    kept: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the base."""
+        width = self.shapes.width
+        return round(self.shapes.linear * (FOUR_BIT if self.four_bit else width) + self.shapes.other * width)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the gradient moments of one set."""
+        found = (a * b for site in self.shapes.sites for a, b in self.probe.shapes(site).values())
+        return MOMENTS * FLOAT * sum(found)
+
+    @property
+    def second_moments(self) -> int:
+        """Bytes of what `reglu` and `inputs` measure on one set."""
+        side = 1 if self.directions == "inputs" else 0
+        return FLOAT * sum(site.shape[side] ** 2 for site in self.shapes.sites)
+
+    @property
+    def adapter(self) -> int:
+        """Bytes of factors, gradients, AdamW's moments, the start, and where that is not zero its frozen half."""
+        numbers = self.coverage * self.rank * sum(sum(site.shape) for site in self.shapes.sites)
+        return round(FLOAT * numbers * (ADAM + self.factors))
+
+    def activations(self, tokens: int, *, training: bool) -> int:
+        """Bytes that a pass over so many padded tokens keeps for its way back."""
+        s = self.shapes
+        per_token = s.per_token()
+        if training and self.gradient_checkpointing:
+            per_token = per_token / s.layers + s.width * s.hidden * s.layers
+        return round(tokens * per_token)
+
+    def logits(self, answers: int) -> int:
+        """Bytes of the logits of a few answer tokens, and of all answers' final states and their gradients."""
+        s = self.shapes
+        return LOGITS * FLOAT * min(ROWS, answers) * s.vocabulary + 2 * FLOAT * answers * s.hidden
+
+    def parts(self) -> list[Part]:
+        """Every part of every stage. On a CPU device and host are one."""
+        stages = {"init": self._init(), "train": self._train(), "export": {}}
+        if self.importance:
+            stages = {"importance": self._importance()} | stages
+        found = [Part("load", "host", "base weights", self.weights)]  # read there, then moved
+        for stage, needs in stages.items():
+            for (place, name), size in ({("device", "base weights"): self.weights} | needs).items():
+                heap = HEAP if self.on_cpu and name in ("activations", "logits") else 1
+                found.append(Part(stage, "host" if self.on_cpu else place, name, round(heap * size)))
+        return [part for part in found if part.bytes]
+
+    def _importance(self) -> dict[tuple[str, str], int]:
+        """One set's moments while they are measured, and those of both on the host."""
+        tokens, answers = self.measured.largest(self.token_budget)
+        return {
+            ("device", "moments, being measured"): self.moments,
+            ("host", "moments, measured"): self.moments * (1 if self.on_cpu else 2),
+            ("device", "gradients of single rows"): 3 * FLOAT * FULL_CHUNK * (self.probe.space == "full"),
+            ("device", "activations"): self.activations(tokens, training=False),
+            ("device", "logits"): self.logits(answers),
+        }
+
+    def _init(self) -> dict[tuple[str, str], int]:
+        found = {
+            ("host", "moments, measured"): 2 * self.moments * self.importance,
+            ("host", "the start"): round(self.adapter / ADAM),
+            ("device", "one layer in float64"): DOUBLES * 8 * max(site.size for site in self.shapes.sites),
+        }
+        if self.directions:
+            found[("device", "second moments")] = 2 * self.second_moments
+        return found
+
+    def _train(self) -> dict[tuple[str, str], int]:
+        needs = [rows.largest(self.token_budget) for rows in self.steps]
+        tokens, answers = (max(column) for column in zip(*needs, strict=True))
+        return {
+            ("device", "adapter and optimizer"): self.adapter,
+            ("device", "activations"): self.activations(tokens, training=True),
+            ("device", "logits"): self.logits(answers),
+            ("host", "states of the original"): self.kept,
+            ("host", "libraries"): LIBRARIES,
+        }
+
+
+def by_stage(parts: Sequence[Part], place: str) -> dict[str, int]:
+    """Stage -> bytes in one place, in the order of a run."""
+    found: dict[str, int] = {}
+    for part in parts:
+        if part.place == place:
+            found[part.stage] = found.get(part.stage, 0) + part.bytes
+    return found
+
+
+def peak(parts: Sequence[Part], place: str) -> tuple[str, int]:
+    """The stage that takes the most of one place, and how much."""
+    return max(by_stage(parts, place).items(), key=lambda item: item[1])

@@ -1,0 +1,132 @@
+"""examples/distributed/ with two processes on one machine: the run of one, also where each keeps half of the weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from lorasure import artifacts, processes
+from lorasure.errors import ResourceError, UsageError
+from lorasure.memory import within_memory
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "distributed"
+RUNS = {
+    "ddp": [[]],
+    "fsdp2": [
+        ["--gradient-checkpointing", "true", "--export-rank", 5],
+        ["--init", "reglu", "--loss", "npo", "--retain-loss", "kl"],
+        ["--init", "fila", "--coverage", 0.5, "--tokens-per-batch", 1000],  # one micro-batch, which is halved
+    ],
+}
+
+
+def launched(config: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "lorasure"]
+    if config:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", EXAMPLES / f"{config}.yaml"]
+        command = [sys.executable, *launch, "--num_processes", 2, "--main_process_port", 0, "-m", "lorasure"]
+    command = list(map(str, [*command, *arguments]))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "options"), [(name, o) for name, runs in RUNS.items() for o in runs], ids=str)
+def test_two_processes_give_the_run_of_one(tmp_path, model_folder, data_files, config, options):
+    given = ["--model", model_folder, "--forget", data_files[0], "--retain", data_files[1], "--epochs", 2]
+    given += ["--batch-size", 3, "--rank", 4, "--lr", "1e-2", "--tokens-per-batch", 64, *options]
+    for name in ("", config):
+        done = launched(name, "forget", *given, "--out", tmp_path / f"run{name}")
+        assert done.returncode == 0, done.stderr[-2000:]
+    for name in (artifacts.START, artifacts.TRAINED, "adapter/adapter_model.safetensors"):
+        one, two = (_tensors(tmp_path / run / name) for run in ("run", f"run{config}"))
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-5)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+HALF = """
+import sys, torch
+from lorasure import models, processes
+with processes.joined():
+    model = models.load_model(sys.argv[1], dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(7)[None]
+    before = sum(p.to_local().numel() for p in model.model.layers.parameters())
+    logits = model(input_ids=ids).logits
+    torch.save(logits, f"{sys.argv[2]}/{processes.rank()}.pt")
+    assert before == sum(p.to_local().numel() for p in model.model.layers.parameters())
+    print("kept", before, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_each_process_keeps_half_of_the_layers_and_computes_the_same(tmp_path, model_folder):
+    script = tmp_path / "half.py"
+    script.write_text(HALF)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command += list(map(str, [script, model_folder, tmp_path]))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = tiny_llama()
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    assert done.stdout.split() == ["kept", str(weights // 2)] * 2
+    expected = model(input_ids=torch.arange(7)[None]).logits
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def of_three(monkeypatch):
+    """This process is the second of three, which share out the weights."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(processes, "size", lambda: 3)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    return monkeypatch
+
+
+def test_every_process_takes_as_many_micro_batches_and_every_row_is_taken_once(of_three):
+    for groups in ([[0, 1, 2, 3]], [[3, 1], [2, 0], [5], [4]], [[0], [1], [2]]):
+        shares = []
+        for rank in range(3):
+            of_three.setattr(processes, "rank", lambda rank=rank: rank)
+            shares.append(processes.share(groups))
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(i for share in shares for group in share for i in group) == sorted(sum(groups, []))
+    with pytest.raises(UsageError, match="2 rows cannot be shared out evenly to 3 processes"):
+        processes.share([[0], [1]])
+    of_three.delenv("ACCELERATE_USE_FSDP")
+    assert processes.share([[0, 1]]) == []
+
+
+def test_what_cannot_be_shared_out_is_refused(of_three, model_folder, data_files, tmp_path):
+    from lorasure.config import ForgetSettings
+    from lorasure.workbench import check_names
+
+    given = {"model": str(model_folder), "forget": str(data_files[0]), "retain": str(data_files[1]), "out": "x"}
+    with pytest.raises(UsageError, match="--merge needs the base as a whole"):
+        check_names(ForgetSettings(**given, merge=True))
+    of_three.setenv("WORLD_SIZE", "3")
+    of_three.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match=r"DeepSpeed is not supported.*fsdp2\.yaml"), processes.joined():
+        pass
+
+
+def test_out_of_memory_in_one_of_several_processes_is_not_tried_again_alone(of_three):
+    def attempt(token_budget):
+        raise MemoryError
+
+    with pytest.raises(ResourceError, match=r"train: out of memory.*--tokens-per-batch"):
+        within_memory(attempt, 100, [5, 5], "train", lambda _: None)
