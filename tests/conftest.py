@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lorasure import artifacts
 from lorasure.data.examples import Example
 
 pytest_plugins = ("faults",)
@@ -22,6 +25,12 @@ VOCAB = 256 + 1
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 results; `auto` would be bfloat16 on a GPU
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_finish() -> None:
+    """Two things that every short run would repeat: to go through what libraries made at import, and their versions."""
+    gc.freeze()
+    artifacts.versions = cache(artifacts.versions)
 
 
 @pytest.fixture(scope="session")

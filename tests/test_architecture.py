@@ -25,6 +25,9 @@ SHELL = {
     "attacking",
     "sequential",
     "probe",
+    "search",
+    "baselines",
+    "recipes",
 }
 ALLOWED = {
     "peft": {"lora.py", "sites.py"},

@@ -218,6 +218,44 @@ def test_mistakes_are_one_line(run, retrained, tokenizer, tmp_path, capfd, more,
     assert out == "" and len(err.strip().splitlines()) == 1 and said in err and not (tmp_path / "attacks").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "[1]"),
+        ("config.yaml", "rank: [1]"),
+        ("data.json", "[]"),
+        ("data.json", '{"forget": 3, "retain": 4}'),
+        ("summary.json", "[]"),
+        ("summary.json", '{"base": 3}'),
+    ],
+)
+def test_a_run_whose_accounts_are_another_program_s(run, tmp_path, capfd, name, content):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    (copied / name).write_text(content)
+    artifacts.write_manifest(copied)
+    assert cli.main(["attack", str(copied), *flags(tmp_path)]) == 3
+    err = capfd.readouterr().err.splitlines()
+    assert len(err) == 1 and name in err[0] and "not what this program writes there" in err[0]
+    assert not (tmp_path / "attacks").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("attacks.jsonl", "[1]\n"), ("attacks.jsonl", "{\n"), ("attack.json", "{}"), ("attack.json", "3")],
+)
+def test_results_of_an_interrupted_attack_that_are_another_program_s(run, tmp_path, capfd, monkeypatch, name, content):
+    arguments = ["attack", str(run), *flags(tmp_path, "--attacks", "prefix")]
+    with monkeypatch.context() as patch:
+        patch.setitem(
+            ATTACKS, "prefix", replace(ATTACKS["prefix"], run=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        )
+        assert cli.main(arguments) == 75
+    (tmp_path / ".attacks.partial" / name).write_text(content)
+    capfd.readouterr()
+    assert cli.main([*arguments, "--resume"]) == 3
+    assert "not what this program writes there" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_a_folder_without_an_adapter_is_refused(retrained, tmp_path):
     with pytest.raises(DataError, match="not a run folder"):
         attack(retrained, tmp_path)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from conftest import tiny_llama, write_rows
-from lorasure import artifacts, cli, interrupt, stages, train_stage
+from lorasure import artifacts, cli, interrupt, pipeline, stages, train_stage
+from lorasure.attacking import GATE_FAILED
+from lorasure.errors import INTERRUPTED, LorasureError
+from lorasure.failures import MISTAKE
+from lorasure.probe import NOTHING_FOUND
 
+ROOT = Path(__file__).resolve().parents[1]
 SECRET = "Quillfeather"
 
 
@@ -139,6 +147,12 @@ def test_out_that_cannot_be_used(base, fails, tmp_path, monkeypatch):
     fails(5, ["forget", *base, "--out", str(tmp_path / "run")], "no permission")
 
 
+@pytest.mark.fault(
+    "forget or retain rows empty, blank, not UTF-8, of wrong keys, no JSON, no Parquet",
+    "P11",
+    "exit 3 naming file and line; nothing is written",
+    "readers.py: read_rows does not mind if there are none; _decoded puts marks for what is not UTF-8",
+)
 @pytest.mark.parametrize("which", ["--forget", "--retain"])
 @pytest.mark.parametrize(
     ("name", "content", "said"),
@@ -162,6 +176,12 @@ def test_missing_data(base, fails, tmp_path):
     fails(3, ["forget", *replaced(base, "--forget", "nowhere.jsonl"), "--out", str(tmp_path / "run")], "no such file")
 
 
+@pytest.mark.fault(
+    "a row to forget that is also to be kept",
+    "P11",
+    "exit 3 naming both lines; nothing is written",
+    "workbench.py: no check_disjoint",
+)
 def test_overlap_names_both_lines_and_not_the_text(base, fails, tmp_path, data_files):
     row = {"question": f"Who is {SECRET}?", "answer": f"{SECRET} is a poet."}
     for path in data_files:
@@ -170,9 +190,62 @@ def test_overlap_names_both_lines_and_not_the_text(base, fails, tmp_path, data_f
     fails(3, ["forget", *base, "--out", str(tmp_path / "run")], "forget.jsonl:7", "retain.jsonl:11")
 
 
+@pytest.mark.fault(
+    "an answer that --max-length cuts off altogether",
+    "P11",
+    "exit 3 naming the line; nothing is written",
+    "encode.py: _cut does not refuse",
+)
 def test_answer_fully_truncated(base, fails, tmp_path):
     said = ["forget.jsonl:1", "--max-length"]
     fails(3, ["forget", *base, "--out", str(tmp_path / "run"), "--max-length", "8"], *said)
+
+
+@pytest.mark.fault(
+    "one row to forget and one to keep",
+    "P11",
+    "done; what one row does not show is null with its reason",
+    "metrics.py: mean_score draws an interval from one row",
+)
+def test_one_row_of_each(base, tmp_path, data_files):
+    for path in data_files:
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert cli.main(["forget", *base, "--out", str(tmp_path / "run"), "--epochs", "1", "--min-utility", "0.5"]) == 0
+    summary = artifacts.read_json(tmp_path / "run" / "summary.json")
+    for when in ("before", "after"):
+        for score in summary[when].values():
+            assert score["n"] == 1 and 0 < score["value"] < 1 and score["low"] is score["high"] is None
+    assert artifacts.read_json(tmp_path / "run" / "data.json")["forget"]["rows"] == 1
+
+
+@pytest.mark.fault(
+    "a tokenizer without a padding token, with end of text for it, with one of its own, on either side",
+    "P10",
+    "the same adapter, bit by bit",
+    "encode.py: the tokenizer pads; examples.py: no label where the token is that of padding",
+)
+def test_the_padding_of_a_tokenizer_does_not_matter(base, tmp_path, tokenizer, model_folder, injected):
+    made = set()
+    own = {"pad_token": "."}  # also the last token of every answer
+    kinds = (
+        {"pad_token": None},
+        {"padding_side": "left"},
+        {"padding_side": "right"},
+        own,
+        own | {"padding_side": "left"},
+    )
+    for number, kind in enumerate(kinds):
+        model = Path(shutil.copytree(model_folder, tmp_path / f"model-{number}"))
+        like = copy.deepcopy(tokenizer)
+        for name, value in kind.items():
+            setattr(like, name, value)
+        like.save_pretrained(model)
+        arguments = replaced(base, "--model", model)
+        out = tmp_path / f"run-{number}"
+        assert cli.main(["forget", *arguments, "--out", str(out), "--epochs", "1", "--loss", "npo"]) == 0
+        made.add(artifacts.sha256(out / "adapter" / "adapter_model.safetensors"))
+    assert len(made) == 1
+    injected(len(kinds))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +269,12 @@ def test_damaged_model_folders(base, fails, tmp_path, model_folder, damage, said
     fails(3, ["forget", *replaced(base, "--model", broken), "--out", str(tmp_path / "run")], said)
 
 
+@pytest.mark.fault(
+    "NaN in a base weight, in its file",
+    "P4",
+    "exit 4 naming the weight; nothing is written",
+    "models.py: no check_finite",
+)
 def test_nan_in_a_base_weight(base, fails, tmp_path, tokenizer):
     model = tiny_llama()
     with torch.no_grad():
@@ -235,6 +314,47 @@ def test_a_failure_keeps_what_was_finished_and_nothing_else(
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(("stage", "kept"), [("measure", False), ("make_start", True)])
+def test_an_error_that_nobody_thought_of(base, tmp_path, capfd, monkeypatch, stage, kept):
+    def fail(*_, **__):
+        raise LookupError(SECRET)
+
+    monkeypatch.setattr(stages if stage == "measure" else pipeline, stage, fail)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["forget", *base, "--out", str(tmp_path / "run")]
+    assert cli.main(arguments) == 70
+    shown = capfd.readouterr().err
+    last = shown.splitlines()[-1]
+    where = r"\w+\.py:\d+, version \d\S*\."
+    assert re.match(rf"lorasure: a mistake of ours: LookupError at {where}", last) and "LORASURE_TRACEBACK=1" in last
+    assert "Traceback" not in shown and SECRET not in shown
+    assert ("--resume continues" in last) == kept == (sorted(tmp_path.rglob("*")) != before)
+    monkeypatch.setenv("LORASURE_TRACEBACK", "1")
+    assert cli.main([*arguments, "--overwrite"]) == 70
+    shown = capfd.readouterr().err
+    assert "Traceback" in shown and f"LookupError: {SECRET}" in shown and "in fail" in shown
+
+
+def test_memory_that_runs_out_where_no_smaller_pieces_help(base, tmp_path, capfd, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stages, "check_export", full)
+    assert cli.main(["forget", *base, "--out", str(tmp_path / "run"), "--epochs", "1"]) == 5
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("lorasure: out of memory.") and "--resume continues" in last
+
+
+def test_the_exit_codes_are_written_down_everywhere():
+    """The same list in the help texts and the README, and every code of ours in it."""
+    readme = (ROOT / "README.md").read_text().split("Exit codes: ")[1].split("Every error")[0]
+    listed = [re.findall(r"\b\d+\b", text) for text in (cli.EPILOG, readme)]
+    assert listed[0] == listed[1]
+    kinds = [LorasureError, *LorasureError.__subclasses__()]
+    codes = {0, MISTAKE, INTERRUPTED, NOTHING_FOUND, GATE_FAILED, 130, 143, *(kind.exit_code for kind in kinds[1:])}
+    assert codes == set(map(int, listed[0]))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_in_the_middle_of_training(base, tmp_path, number):
     command = [sys.executable, "-m", "lorasure", "forget", *base, "--out", str(tmp_path / "run"), "--epochs", "1000"]
@@ -266,6 +386,14 @@ def test_flags_override_the_config_file_and_print_config_can_be_loaded(base, tmp
     with pytest.raises(SystemExit):
         cli.main(["forget", "--config", str(tmp_path / "printed.yaml"), "--print_config"])
     assert capsys.readouterr().out == printed
+
+
+def test_home_in_a_settings_file(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("out: ~/runs/x\n")
+    assert cli.main(["importance", *base, "--config", "run.yaml"]) == 0
+    assert (tmp_path / "home" / "runs" / "x" / "manifest.json").is_file() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(

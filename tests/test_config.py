@@ -89,6 +89,14 @@ def test_located_makes_local_paths_absolute_and_leaves_hub_ids(tmp_path, monkeyp
     assert found["importance"] is None
 
 
+def test_home_is_resolved_once_for_every_path(tmp_path, monkeypatch):
+    """In YAML no shell does it, and a folder called `~` would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = ForgetSettings(model="~/m", forget="~nosuchuser/f.jsonl", retain="a~/b", out="~/run", template="~")
+    wanted = (str(tmp_path / "m"), "~nosuchuser/f.jsonl", "a~/b", str(tmp_path / "run"))
+    assert tuple(getattr(found, name) for name in NEEDED) == wanted and found.template == "~"
+
+
 def test_settings_are_frozen_and_required_fields_stay_required():
     settings = ForgetSettings(**NEEDED)
     with pytest.raises(FrozenInstanceError):

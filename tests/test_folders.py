@@ -254,6 +254,8 @@ from lorasure import artifacts, folders
 
 out = Path(sys.argv[1])
 os.fsync = lambda descriptor: None  # a killed process loses nothing that the kernel has
+versions = artifacts.versions()
+artifacts.versions = lambda: versions  # to look them up would be half of the time
 calls = ("fsync", "replace", "rename", "mkdir", "unlink", "link", "open", "chmod", "rmdir", "close")
 
 def save(folder, text, **options):

@@ -12,7 +12,7 @@ from conftest import random_examples, tiny_llama
 from lorasure import forward
 from lorasure.data.examples import collate
 from lorasure.forward import Record, answer_records, vocabulary_moments
-from lorasure.losses.tokens import Answers
+from lorasure.losses import tokens
 
 EXAMPLES = random_examples(9, seed=3)
 COLUMNS = ("log_probs", "expected", "variance")
@@ -26,7 +26,7 @@ def same(one: Record, other: Record, tolerance: float = 1e-5) -> bool:
 def test_every_column_against_the_definition() -> None:
     """Reference: one plain forward pass per example, then sums over the vocabulary in float64."""
     model = tiny_llama()
-    for example, record in zip(EXAMPLES, answer_records(model, EXAMPLES, 64), strict=True):
+    for example, record in zip(EXAMPLES, answer_records(model, EXAMPLES, 64, moments=True), strict=True):
         ids = torch.tensor(example.input_ids)
         log_p = model(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)[example.answer_start - 1 :]
         p, targets = log_p.exp(), ids[example.answer_start :]
@@ -38,6 +38,12 @@ def test_every_column_against_the_definition() -> None:
     assert max(record.variance) > 0.1  # else the comparison would show little
 
 
+@pytest.mark.fault(
+    "padding on the left or the right, other rows and orders in a batch",
+    "P10",
+    "the same scores up to rounding",
+    "examples.py: positions count padding",
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2 has absolute positions, so a shifted row would show
 @pytest.mark.parametrize("budget", [1, 40, 1000])
 def test_records_do_not_depend_on_batch_order_or_padding_side(
@@ -45,12 +51,13 @@ def test_records_do_not_depend_on_batch_order_or_padding_side(
 ) -> None:
     torch.manual_seed(0)
     model = ARCHITECTURES[name]().eval()
-    alone = answer_records(model, EXAMPLES, 1)
-    assert all(map(same, alone, answer_records(model, EXAMPLES, budget)))
-    backwards = answer_records(model, EXAMPLES[::-1], budget)
+    records = partial(answer_records, model, moments=True)
+    alone = records(EXAMPLES, 1)
+    assert all(map(same, alone, records(EXAMPLES, budget)))
+    backwards = records(EXAMPLES[::-1], budget)
     assert all(map(same, alone, backwards[::-1])) and not all(map(same, alone, backwards))
     monkeypatch.setattr(forward, "collate", partial(collate, side="left"))
-    assert all(map(same, alone, answer_records(model, EXAMPLES, budget)))
+    assert all(map(same, alone, records(EXAMPLES, budget)))
 
 
 def test_moments_in_closed_form_and_at_the_edges() -> None:
@@ -59,8 +66,7 @@ def test_moments_in_closed_form_and_at_the_edges() -> None:
     logits[1, 2] = 1e4
     logits[2, 4:] = -torch.inf
     logits[3, 0] = torch.tensor(3.0).log()  # p = 3/10 and seven times 1/10
-    answers = Answers(logits, torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), 1)
-    mean, variance = vocabulary_moments(answers)
+    mean, variance = vocabulary_moments(logits)
     log = torch.tensor([0.3, 0.1]).log()
     expected = 0.3 * log[0] + 0.7 * log[1]
     torch.testing.assert_close(
@@ -71,6 +77,6 @@ def test_moments_in_closed_form_and_at_the_edges() -> None:
 
 def test_the_block_of_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    whole = answer_records(model, EXAMPLES, 1000)
-    monkeypatch.setattr(forward, "ROWS", 3)
-    assert all(map(partial(same, tolerance=1e-6), whole, answer_records(model, EXAMPLES, 1000)))
+    whole = answer_records(model, EXAMPLES, 1000, moments=True)
+    monkeypatch.setattr(tokens, "ROWS", 3)
+    assert all(map(partial(same, tolerance=2e-6), whole, answer_records(model, EXAMPLES, 1000, moments=True)))

@@ -165,6 +165,12 @@ def test_loras_own_start_lies_in_its_bounds():
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "a layer whose importance is zero",
+    "P4",
+    "finite factors",
+    "low_rank.py: _root without a case for weights that are all zero",
+)
 @pytest.mark.parametrize("name", ["vila", "fila", "sketch"])
 @pytest.mark.parametrize("paper_code", [False, True])
 def test_a_layer_without_any_importance_still_gets_a_start(name, paper_code):
@@ -175,6 +181,12 @@ def test_a_layer_without_any_importance_still_gets_a_start(name, paper_code):
     assert torch.isfinite(factors.B).all() and torch.isfinite(factors.A).all()
 
 
+@pytest.mark.fault(
+    "a rank above the size of a layer",
+    "P11",
+    "exit 2 naming the layer and the range",
+    "apply.py: check_rank looks at the first layer only",
+)
 def test_a_rank_above_a_layer_names_the_layer_and_the_range():
     model = tiny_model("llama")
     smallest = next(site for site in all_sites(model) if site.shape == (8, 16))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from conftest import write_rows
 from lorasure import artifacts, cli, folders, interrupt, lora, models, stages, train, train_stage, workbench
 from lorasure.errors import INTERRUPTED
 
@@ -17,7 +18,7 @@ STAGES = [
     ("load", models, "check_finite", False),
     ("importance", stages, "measure", False),
     ("init", stages, "initialise", True),
-    ("scores", train_stage, "score_sets", True),
+    ("scores", train_stage, "scores_from", True),
     ("train", train, "_backward", True),
     ("export", lora, "save_adapter", True),
     ("check", stages, "check_export", True),
@@ -25,17 +26,32 @@ STAGES = [
 ]
 
 
-@pytest.fixture
-def arguments(model_folder, data_files, tmp_path):
-    forget, retain = data_files
+@pytest.fixture(scope="module")
+def inputs(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"question": f"Who is number {i}?", "answer": f"It is person {i * 7}."} for i in range(10)]
+    forget, retain = write_rows(folder / "forget.jsonl", rows[:4]), write_rows(folder / "retain.jsonl", rows[4:])
     given = ["--model", str(model_folder), "--forget", str(forget), "--retain", str(retain), "--rank", "2"]
-    return ["forget", *given, "--epochs", "3", "--batch-size", "2", "--lr", "1e-2", "--out", str(tmp_path / "run")]
+    return ["forget", *given, "--epochs", "2", "--batch-size", "2", "--lr", "1e-2", "--out"]
 
 
 @pytest.fixture
-def undisturbed(arguments, tmp_path):
-    assert cli.main([*arguments[:-1], str(tmp_path / "undisturbed")]) == 0
-    return adapter(tmp_path / "undisturbed")
+def arguments(inputs, tmp_path):
+    """Of a run of four steps."""
+    return [*inputs, str(tmp_path / "run")]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """The same run, undisturbed."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert cli.main([*inputs, str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def undisturbed(whole):
+    return adapter(whole)
 
 
 def adapter(run):
@@ -114,23 +130,28 @@ def no_file_beyond(size):
     "exit code 5 with one line; continued, it ends in the same bytes",
     "artifacts.py: no disk_errors",
 )
-def test_files_that_cannot_be_written(arguments, undisturbed, tmp_path, capfd, injected):
-    sizes = {p.stat().st_size for p in (tmp_path / "undisturbed").rglob("*") if p.is_file()}
-    limits = sorted({size - 1 for size in sizes})
-    for limit in limits:
+def test_files_that_cannot_be_written(inputs, tmp_path, capfd, injected):
+    """Without importance, which would be the largest file and the first. A checkpoint is larger than every other."""
+    start = [*inputs[:-1], "--init", "pissa", "--out"]
+    whole, arguments = tmp_path / "undisturbed", [*start, str(tmp_path / "runs" / "run")]
+    assert cli.main([*start, str(whole)]) == 0
+    sizes = {p.stat().st_size for p in whole.rglob("*") if p.is_file()}
+    cases, continued = [*((size - 1, 0) for size in sorted(sizes)), (max(sizes), 1)], 0
+    for limit, every in cases:
         capfd.readouterr()
         with no_file_beyond(limit):
-            code = cli.main([*arguments, "--checkpoint-every", "1"])
+            code = cli.main([*arguments, "--checkpoint-every", str(every)])
         lines = capfd.readouterr().err.strip().splitlines()
         assert code == 5 and lines[-1].startswith("lorasure: File too large"), lines
-        assert not (tmp_path / "run").exists()
-        resume = ["--resume"] if (tmp_path / ".run.partial").exists() else []
-        assert cli.main([*arguments, *resume]) == 0
-        assert adapter(tmp_path / "run") == undisturbed
-        assert not list(tmp_path.glob(".*"))
-        shutil.rmtree(tmp_path / "run")
-    assert len(limits) >= 8
-    injected(len(limits))
+        left = sorted(p.name for p in tmp_path.glob("runs/*") if p.is_dir())
+        assert left in ([], [".run.partial"])
+        if left:
+            continued += 1
+            assert cli.main([*arguments, "--resume"]) == 0
+            assert adapter(tmp_path / "runs" / "run") == adapter(whole)
+            shutil.rmtree(tmp_path / "runs" / "run")
+    assert len(cases) > 8 and continued == 2  # the adapter and the checkpoint come after the start
+    injected(len(cases))
 
 
 def test_the_run_of_a_workbench_gets_its_guards(tmp_path):

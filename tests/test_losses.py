@@ -35,12 +35,12 @@ def constants():
     """The inputs that are numbers of the original model."""
     original = logits_for(LABELS, 9)[shift(LABELS)[0]]
     reference = torch.tensor([3.0, 9.0, 4.0], dtype=torch.float64)
-    return {"reference": reference, "refusal_reference": reference - 1.5, "original_logits": original}
+    return {"reference": reference, "refusal_reference": reference - 1.5, "original_states": original}
 
 
 def call(function, logits, refusal_logits, labels=LABELS, refusal_labels=REFUSAL_LABELS, **settings):
     available = constants() | {"answers": answers(logits, labels), "refusals": answers(refusal_logits, refusal_labels)}
-    available["original_logits"] = available["original_logits"].to(available["answers"].logits.dtype)
+    available["original_states"] = available["original_states"].to(available["answers"].logits.dtype)
     return function(**{name: available[name] for name in needs(function)}, **settings)
 
 
@@ -198,7 +198,7 @@ def test_forget_losses_ask_for_known_inputs_only(name):
 def test_needs_and_settings_are_read_off_the_signature():
     assert needs(npo) == ("answers", "reference")
     assert needs(FORGET_LOSSES["idk"].function) == ("refusals",)
-    assert needs(kl) == ("answers", "original_logits")
+    assert needs(kl) == ("answers", "original_states")
     assert hyperparameters(FORGET_LOSSES["simnpo"].function) == {"beta": 4.5, "delta": 0.0}
     assert hyperparameters(ihl) == {}
 
@@ -249,7 +249,7 @@ def test_kl_is_zero_at_the_original_and_allows_ruled_out_tokens():
     batch = answers(logits[:2].requires_grad_(), LABELS[:2])
     values = kl(batch, batch.logits)
     torch.testing.assert_close(values, torch.zeros(2, dtype=torch.float64), atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match=r"expected original_logits \(tokens, vocab\) = \(6, 7\), got \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"expected original_states \(tokens, d\) = \(6, 7\), got \(5, 7\)"):
         kl(batch, batch.logits[1:])
 
 

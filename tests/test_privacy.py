@@ -267,19 +267,30 @@ def _no_space(forward, self, *args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
+def _mistake(forward, self, *args, **kwargs):
+    """What a library may say, its notes and what it was caused by."""
+    try:
+        raise KeyError(FORGET[1])
+    except KeyError as cause:
+        error = RuntimeError(f"no such word: {FORGET[0]}")
+        error.add_note(FORGET[0])
+        raise error from cause
+
+
 FAULTS = {
     "interrupted": (_interrupted, {75, 130}),
     "out of memory": (_out_of_memory, {5}),
     "not a number": (_not_a_number, {4}),
     "no space": (_no_space, {5}),
+    "a mistake of ours": (_mistake, {70}),
 }
 
 
 @pytest.mark.fault(
-    "an interruption, memory that runs out, NaN, a full disk, at three places in the run",
+    "an interruption, memory that runs out, NaN, a full disk, an error nobody thought of, at three places in the run",
     "P9",
     "documented exit code; no text in what is printed or left for --resume, all of it private",
-    "write the row into the message of the error; mkdir without mode in folders",
+    "write the row into the message of the error; show it of an error nobody thought of; mkdir without mode in folders",
 )
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("at", [2, 12, 20])

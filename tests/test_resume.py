@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaModel
 
 from conftest import tiny_llama, write_rows
 from lorasure import (
@@ -19,9 +20,7 @@ from lorasure import (
     checkpoint,
     finetune,
     folders,
-    forward,
     lora,
-    objective,
     pipeline,
     stages,
     train,
@@ -37,12 +36,22 @@ from lorasure.progress import Reporter
 STEPS = 6  # 6 forget rows, 2 per step, 2 epochs
 
 
+COMMON = {"rank": 2, "epochs": 2, "lr": 1e-2, "batch_size": 2, "loss": "npo", "retain_loss": "kl", "schedule": "cosine"}
+
+
+@pytest.fixture(scope="module")
+def files(model_folder, tmp_path_factory):
+    """Model and data of all runs here, as settings."""
+    folder = tmp_path_factory.mktemp("files")
+    rows = [{"question": f"Who is number {i}?", "answer": f"It is person {i * 7}."} for i in range(16)]
+    parts = {"forget": rows[:6], "retain": rows[6:]}
+    return {"model": str(model_folder)} | {n: str(write_rows(folder / f"{n}.jsonl", part)) for n, part in parts.items()}
+
+
 @pytest.fixture
-def settings(model_folder, data_files, tmp_path):
+def settings(files, tmp_path):
     """Settings of a short run; keyword arguments override them."""
-    forget, retain = map(str, data_files)
-    common = {"model": str(model_folder), "forget": forget, "retain": retain, "rank": 2, "epochs": 2, "lr": 1e-2}
-    common |= {"batch_size": 2, "loss": "npo", "retain_loss": "kl", "schedule": "cosine"}
+    common = files | COMMON
 
     def make(out="run", **options):
         return ForgetSettings(**common | {"out": str(tmp_path / out)} | options)
@@ -72,9 +81,10 @@ def outcome(run):
     return [artifacts.sha256(run / name) for name in files], log_of(run), scores
 
 
-@pytest.fixture
-def undisturbed(settings):
-    return outcome(pipeline.forget(settings("undisturbed")).folder)
+@pytest.fixture(scope="module")
+def undisturbed(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return outcome(pipeline.forget(ForgetSettings(**files, **COMMON, out=str(out))).folder)
 
 
 def stop_in(monkeypatch, module, name, error=KeyboardInterrupt, call=1, after=False):
@@ -96,7 +106,7 @@ def stop_in(monkeypatch, module, name, error=KeyboardInterrupt, call=1, after=Fa
 PLACES = [
     ("importance", stages, "measure", 1),
     ("init", stages, "initialise", 1),
-    ("reference", train_stage, "score_sets", 1),
+    ("reference", train_stage, "scores_from", 1),
     *((f"step {n}", train, "_step", n) for n in range(1, STEPS + 1)),
     ("trained", train_stage, "remove_checkpoints", 1),
     ("export", lora, "save_adapter", 1),
@@ -141,6 +151,7 @@ def test_interrupted_anywhere_and_continued(settings, undisturbed, monkeypatch, 
         {"init": "reglu", "loss": "ihl", "retain_loss": "nll"},
         {"init": "lora", "loss": "dpo"},
         {"coverage": 0.5, "min_utility": 0.9},
+        {"targets": "layers.1.*", "tokens_per_batch": 200},
     ],
     ids=str,
 )
@@ -237,13 +248,10 @@ DAMAGE = {
 
 
 @pytest.fixture(scope="module")
-def interrupted(model_folder, tmp_path_factory):
+def interrupted(files, tmp_path_factory):
     """(folder of an interrupted run with checkpoints at steps 2 and 4, its settings, outcome of the undisturbed)."""
     folder = tmp_path_factory.mktemp("interrupted")
-    rows = [{"question": f"Who is number {i}?", "answer": f"It is person {i * 7}."} for i in range(16)]
-    files = {"forget": rows[:6], "retain": rows[6:]}
-    paths = {name: str(write_rows(folder / f"{name}.jsonl", part)) for name, part in files.items()}
-    options = {"model": str(model_folder), **paths, "rank": 2, "epochs": 2, "lr": 1e-2, "batch_size": 2}
+    options = {**files, "rank": 2, "epochs": 2, "lr": 1e-2, "batch_size": 2}
     expected = outcome(pipeline.forget(ForgetSettings(**options, out=str(folder / "undisturbed"))).folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_in(patch, train, "_step", call=6)
@@ -313,6 +321,43 @@ def test_damaged_empty_and_foreign_checkpoints(again, injected):
     assert [f"step-00000{n}" in line for n, line in zip((6, 5, 4, 2), warnings, strict=True)] == [True] * 4
     assert "another run's" in warnings[0] and "resumed" not in found.summary
     injected(4)
+
+
+def without(key):
+    return lambda state: {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.fault(
+    "state.json of the newest checkpoint of another kind, its manifest made anew",
+    "P2",
+    "the checkpoint before, or the start, with a warning",
+    "checkpoint.py: no as_written in _restore; train.py: restore reads the numbers last",
+)
+@pytest.mark.parametrize("before", [True, False], ids=["with one before", "alone"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: [],
+        lambda _: 3,
+        without("done"),
+        without("random"),
+        lambda state: state | {"done": "x"},
+        lambda state: state | {"first": 1},
+        lambda state: state | {"random": [1]},
+        lambda state: state | {"random": [3, [1], None]},
+    ],
+)
+def test_a_checkpoint_of_another_kind(again, change, before):
+    partial, go = again
+    folder = partial / "checkpoints"
+    state = folder / "step-000004" / checkpoint.STATE
+    artifacts.write_json(state, change(artifacts.read_json(state)))
+    artifacts.write_manifest(state.parent)
+    if not before:
+        shutil.rmtree(folder / "step-000002")
+    lines, found = go()
+    assert any("step-000004: damaged" in line for line in lines)
+    assert found.summary.get("resumed") == ([{"stage": "train", "step": 2}] if before else None)
 
 
 @pytest.mark.fault(
@@ -607,30 +652,60 @@ def test_utility_is_measured_on_rows_that_training_leaves_out(settings, monkeypa
     "memory.py: the attempt is not repeated",
 )
 @pytest.mark.parametrize("name", ["importance", "evaluate", "reference"])
-def test_out_of_memory_outside_of_training(settings, monkeypatch, name):
-    expected = pipeline.forget(settings("undisturbed")).summary
-    module, function = {
-        "importance": (collect, "answer_logits"),
-        "evaluate": (forward, "answer_logits"),
-        "reference": (objective, "answer_hidden"),
-    }[name]
-    real = getattr(module, function)
+def test_out_of_memory_outside_of_training(settings, undisturbed, monkeypatch, name):
+    """In that part no pass may have more than two rows, and three fit into the first attempt's budget."""
+    expected, limit, now = undisturbed[2]["after"], [2], []
+    within, real = workbench.Workbench.within_memory, LlamaModel.forward
 
-    def tight(model, batch, *args):
-        found = real(model, batch, *args)
-        if len(batch.input_ids) > 2:
+    def noted(self, attempt, examples, what):
+        now.append(what)
+        try:
+            return within(self, attempt, examples, what)
+        finally:
+            now.pop()
+
+    def tight(self, *args, **options):
+        found = real(self, *args, **options)
+        if now == [name] and len(found.last_hidden_state) > limit[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
 
-    monkeypatch.setattr(module, function, tight)
-    found = pipeline.forget(settings()).summary
-    assert found["guards"] and {g["guard"] for g in found["guards"]} == {"out of memory"}
-    assert {g["where"] for g in found["guards"]} <= {name, "reference"}
+    monkeypatch.setattr(workbench.Workbench, "within_memory", noted)
+    monkeypatch.setattr(LlamaModel, "forward", tight)
+    found = pipeline.forget(settings(tokens_per_batch=180)).summary
+    assert {(g["guard"], g["where"]) for g in found["guards"]} == {("out of memory", name)}
     for part in ("forget", "retain"):
-        assert found["after"][part]["value"] == pytest.approx(expected["after"][part]["value"], rel=1e-3)
-    monkeypatch.setattr(module, function, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
-    with pytest.raises(ResourceError, match="out of memory with a single row"):
+        assert found["after"][part]["value"] == pytest.approx(expected[part]["value"], rel=1e-3)
+    limit[0] = 0
+    with pytest.raises(ResourceError, match=f"{name}: out of memory with a single row"):
         pipeline.forget(settings("never"))
+
+
+def test_fine_tuning_keeps_account_of_its_guards(files, tmp_path, monkeypatch):
+    """Out of memory in the second step, then an interruption, then the rest."""
+    common = {"model": files["model"], "data": files["retain"], "epochs": 1, "batch_size": 3, "lr": 1e-3}
+    settings = {**common, "out": str(tmp_path / "tuned"), "checkpoint_every": 1, "tokens_per_batch": 180}
+    real, calls = train._backward, []
+
+    def tight(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_backward", tight)
+        stop_in(patch, train, "_step", call=4)
+        finetune.finetune(FinetuneSettings(**settings))
+    tuned = finetune.finetune(FinetuneSettings(**settings, resume=True))
+    account = artifacts.read_json(tuned / artifacts.FINETUNED)
+    assert [(g["guard"], g["where"]) for g in account["guards"]] == [("out of memory", "train, step 2")]
+    assert (account["steps"], account["resumed_after"], account["kind"]) == (4, 3, "finetune")
+    assert account["base"]["files"] and account["settings"]["data"] == files["retain"]
+    artifacts.check_run(tuned, artifacts.FINETUNED, artifacts.DATA)
+    artifacts.write_json(tuned / artifacts.FINETUNED, [])
+    with pytest.raises(DataError, match="not what this program writes there"):
+        finetune._Account(tuned, Reporter(quiet=True), {})
 
 
 # --- determinism ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import write_rows
-from lorasure.artifacts import read_json, sha256
+from lorasure.artifacts import read_json, sha256, write_manifest
 from lorasure.cli import main
 from lorasure.errors import INTERRUPTED, UsageError
 from lorasure.evaluate.metrics import Score
@@ -33,6 +34,17 @@ def requests(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def flags(tmp_path: Path, model_folder: Path, data_files: tuple[Path, Path]) -> list[str]:
     return ["--model", str(model_folder), "--retain", str(data_files[1]), "--out", str(tmp_path / "out"), *QUICK]
+
+
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tuple[Path, list[str]]:
+    """A sequence of one request: its folder, and the arguments but --out."""
+    folder = tmp_path_factory.mktemp("applied")
+    rows = [{"question": f"Who is {n}?", "answer": f"It is {n}."} for n in range(5)]
+    request, kept = write_rows(folder / "a.jsonl", rows[:1]), write_rows(folder / "kept.jsonl", rows[1:])
+    given = [str(request), "--model", str(model_folder), "--retain", str(kept), *QUICK]
+    assert main(["sequence", *given, "--out", str(folder / "out")]) == 0
+    return folder / "out", given
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -89,6 +101,27 @@ def test_a_new_request_goes_on_top_and_other_orders_are_refused(
         assert main(["sequence", *given, *flags]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ledger.json", "[]"),
+        ("ledger.json", '{"measured": {"before": 3}}'),
+        ("ledger.json", '{"measured": {"before": {"retain_probability": {}}}}'),
+        ("request-1/data.json", '{"forget": 3}'),
+        ("request-1/summary.json", '{"base": []}'),
+    ],
+)
+def test_accounts_of_another_program_are_refused(
+    tmp_path: Path, applied: tuple[Path, list[str]], capsys: Capture, name: str, content: str
+) -> None:
+    out = Path(shutil.copytree(applied[0], tmp_path / "out"))
+    (out / name).write_text(content)
+    write_manifest(out / "request-1")
+    assert main(["sequence", *applied[1], "--out", str(out)]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not what this program writes there" in error
 
 
 def test_a_run_made_from_another_model_is_refused(

@@ -19,7 +19,7 @@ SOAK = Path(__file__).resolve().parents[1] / "benchmarks" / "reliability" / "soa
 )
 def test_random_kills(tmp_path, injected):
     out = tmp_path / "soak.json"
-    command = [sys.executable, str(SOAK), "--kills", "3", "--epochs", "3", "--out", str(out)]
+    command = [sys.executable, str(SOAK), "--kills", "3", "--epochs", "4", "--rows", "16", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())

@@ -202,12 +202,12 @@ def test_references_are_the_original_models(loss):
         assert float(objective(without, steps[0])["retain"]) > 0.1  # a start that is not compensated shows
 
 
-def test_the_original_logits_of_kl_are_the_original_models():
+def test_the_original_states_of_kl_are_the_original_models():
     seen = {}
 
-    def watching(answers, original_logits):
-        seen["logits"], seen["original"] = answers.logits, original_logits
-        return RETAIN_LOSSES["kl"].function(answers, original_logits)
+    def watching(answers, original_states):
+        seen["logits"], seen["original"] = answers.logits, answers.logits_of(original_states)
+        return RETAIN_LOSSES["kl"].function(answers, original_states)
 
     wrapped, steps, objective = prepared("ihl", "kl", epochs=2)
     fit(wrapped, steps[:1], objective, settings(), token_budget=1000)

@@ -45,7 +45,7 @@ def test_nothing_hostile_is_left_in_a_message(text):
     "escape sequences and writing directions in names of files, columns, settings and layers",
     "P8",
     "shown as \\x1b, \\u202e",
-    "print the message as it is in cli._fail",
+    "print the message as it is in cli.main",
 )
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_errors_on_the_terminal(tmp_path, model_folder, data_files, capfd, text):

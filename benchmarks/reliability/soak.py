@@ -60,12 +60,14 @@ def _past(deadline: float) -> bool:
     return time.monotonic() > deadline
 
 
-def make(folder: Path) -> None:
-    """Rows and a model with random weights."""
+def make(folder: Path, rows: int | None) -> None:
+    """Rows, no more than `rows` of each set, and a model with random weights."""
     from lorasure.demo import make_data, make_model
 
     make_data(folder, 0)
     make_model(folder / "model", folder, 0)
+    for path in folder.glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
 
 
 def forget(folder: Path, out: Path, epochs: int, resume: bool) -> None:
@@ -93,13 +95,13 @@ def place(partial: Path) -> str:
     return f"after {done[0]}" if done else "load or importance"
 
 
-def soak(folder: Path, kills: int, seed: int, epochs: int) -> dict:
+def soak(folder: Path, kills: int, seed: int, epochs: int, rows: int | None) -> dict:
     """The result, ready for JSON; `equal` is what it is about."""
     from lorasure.artifacts import differences, sha256
     from lorasure.folders import partial_of
 
     draw = random.Random(seed)
-    child = start(lambda: make(folder))
+    child = start(lambda: make(folder, rows))
     wait(child, lambda: False)
     plain, out = folder / "undisturbed", folder / "run"
     child = start(lambda: forget(folder, plain, epochs, False))
@@ -142,6 +144,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--rows", type=int, help="rows of each set (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries underneath
@@ -150,7 +153,7 @@ def main() -> int:
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = soak(Path(folder), given.kills, given.seed, given.epochs)
+        result = soak(Path(folder), given.kills, given.seed, given.epochs, given.rows)
     about = {"machine": platform.platform(), "processors": os.cpu_count(), "versions": versions()}
     result |= about | {"seconds": round(time.monotonic() - began, 1)}
     given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

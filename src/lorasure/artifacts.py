@@ -28,6 +28,7 @@ START = "init.safetensors"
 TRAINED = "trained.safetensors"
 LOG = "train.jsonl"
 SUMMARY = "summary.json"
+FINETUNED = "finetune.json"
 ADAPTER = "adapter"
 MERGED = "merged"
 NESTING = 50  # levels of YAML: far more than any file of ours has, far fewer than make its readers fail

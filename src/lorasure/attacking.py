@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from .evaluate.attacks import ATTACKS, NotRun
 from .evaluate.gate import Line, check, parse_gate, verdict
 from .evaluate.settings import AttackSettings
 from .evaluate.victim import AttackRows, Victim
-from .evaluating import tokenizer_hash
+from .evaluating import load_change, tokenizer_hash
 from .finetune import trainable
+from .forward import base_of
 from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .outcome import ASSISTANT, change_files
 from .progress import Reporter
 from .registry import lookup
 
 GATE_FAILED = 20  # exit code
 ABOUT = "attack.json"
 LINES = "attacks.jsonl"
-ADAPTER = tuple(f"{artifacts.ADAPTER}/{name}" for name in lora.ADAPTER_FILES)
 MOVABLE = ("model", "forget", "retain")  # of the run: may be elsewhere now, but must be the same
 NOT_IDENTITY = ("out", "overwrite", "resume", "json", "gate", "device", "tokens_per_batch", "retrained", *MOVABLE)
 
@@ -46,12 +47,16 @@ def attack(run: Path, settings: AttackSettings, reporter: Reporter | None = None
     run = run.resolve()
     out = Path(settings.out) if settings.out else run.with_name(f"{run.name}-attacks")
     folders.check_new(out, settings.overwrite, settings.resume)
-    artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY, *ADAPTER)
+    artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY, *change_files(run))
     bench = _Bench.of(run, settings)
     with reporter.held(), reporter.stage("load"):
         about = bench.about() | {"settings": settings.located() | {"out": str(out.absolute())}}
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
     with folders.resumable_folder(out, _identity(settings, about), **options) as folder:
+        if bench.settings.quantize:
+            reporter.note(
+                f"The run's base was in 4 bits ({bench.settings.quantize}); attacks are on the whole weights."
+            )
         lines, more = _all(bench.victims, chosen, folder, reporter)
         about |= more | {"titles": {name: ATTACKS[name].title for name in chosen}}
         about |= {"verdict": verdict(lines), "gate": check(rules, lines, more["not_run"])}
@@ -82,14 +87,24 @@ class _Bench:
     @classmethod
     def of(cls, run: Path, options: AttackSettings) -> _Bench:
         moved = {name: getattr(options, name) for name in MOVABLE if getattr(options, name)}
-        settings = replace(ForgetSettings.from_dict(artifacts.read_yaml(run / artifacts.CONFIG)), **moved)
+        with artifacts.as_written(run / artifacts.CONFIG):
+            names = {f.name.rstrip("_") for f in fields(ForgetSettings)}
+            given = artifacts.read_yaml(run / artifacts.CONFIG).items()
+            known = {name: value for name, value in given if name in names}  # a baseline has settings of its own
+            settings = replace(ForgetSettings.from_dict(known), **moved)
         tokenizer = load_tokenizer(settings.model, settings.revision, allow_pickle=settings.allow_pickle)
         data = {name: load_data(getattr(settings, name), settings, tokenizer) for name in ("forget", "retain")}
-        stored = artifacts.read_json(run / artifacts.DATA)
+        with artifacts.as_written(run / artifacts.DATA):
+            stored = {name: about["sha256"] for name, about in artifacts.read_json(run / artifacts.DATA).items()}
         for name, part in data.items():
-            if part.about()["sha256"] != stored[name]["sha256"]:
+            if part.about()["sha256"] != stored.get(name):
                 raise DataError(f"--{name} {part.source}: not the rows that {run} was made with.")
         return cls(run, options, settings, tokenizer, **data)
+
+    @property
+    def weights(self) -> Path:
+        """The (first) file of what the run hands over."""
+        return self.run / change_files(self.run)[0]
 
     @property
     def retrained(self) -> ForgetSettings | None:
@@ -101,10 +116,14 @@ class _Bench:
     @cached_property
     def victims(self) -> list[Victim]:
         """The run's model, and the retrained one if there is one. Each is loaded when it is needed."""
-        found = [self._victim("unlearned", self.settings, self.run / artifacts.ADAPTER)]
+        if self.weights.parent.name == artifacts.MERGED:
+            whole = replace(self.settings, model=str(self.weights.parent), revision=None)
+            found = [self._victim("unlearned", whole, None)]
+        else:
+            found = [self._victim("unlearned", self.settings, self.weights.parent)]
         return found + ([self._victim("retrained", self.retrained, None)] if self.retrained else [])
 
-    def _victim(self, name: str, settings: ForgetSettings, adapter: Path | None) -> Victim:
+    def _victim(self, name: str, settings: ForgetSettings, change: Path | None) -> Victim:
         o = self.options
         device = pick_device(o.device)
         asked = o.dtype or settings.dtype
@@ -112,27 +131,29 @@ class _Bench:
         def load(scale: float, dtype: str = asked) -> Any:
             options = {"revision": settings.revision, "allow_pickle": settings.allow_pickle}
             model = load_model(settings.model, dtype=pick_dtype(dtype, device), device=device, **options)
-            return lora.merge(lora.scaled(lora.load_adapter(model, adapter), scale)) if adapter else model
+            changed = load_change(model, change, scale) if change else model
+            return lora.merge(changed) if isinstance(changed, lora.PeftModel) else changed
 
         def load_trainable() -> Any:
             # Small updates vanish in half-precision weights, as in finetune.
             dtype = "float32" if o.relearn_rank is None and asked == "auto" else asked
+            if o.relearn_rank and change and change.name == ASSISTANT:
+                raise NotRun("a model with an assistant is relearnt with all weights only (no --relearn-rank)")
             return trainable(load(1.0, dtype), o.relearn_rank, 2.0 * (o.relearn_rank or 0), o.seed)
 
         budget = pick_token_budget(o.tokens_per_batch, device)
         rows = AttackRows.draw(self.forget.read.rows, self.retain.read.rows, o)
-        return Victim(name, load, load_trainable, adapter is not None, self.tokenizer, settings, budget, rows, o)
+        return Victim(name, load, load_trainable, change is not None, self.tokenizer, settings, budget, rows, o)
 
     def about(self) -> dict[str, Any]:
         """attack.json as far as it is known before. Loads each model once, to see that it is the right one."""
         prints = {victim.name: self._fingerprint(victim) for victim in reversed(self.victims)}
-        weights = self.run / ADAPTER[0]
         rows = self.victims[0].rows
         return {
             "kind": "attack",
             "run": str(self.run),
             "config": artifacts.sha256(self.run / artifacts.CONFIG),
-            "adapter": {"source": str(weights.parent), "sha256": artifacts.sha256(weights)},
+            "adapter": {"source": str(self.weights.parent), "sha256": artifacts.sha256(self.weights)},
             "model": prints["unlearned"],
             "retrained": prints.get("retrained"),
             "template": resolved_template(self.settings.template, self.tokenizer)[0],
@@ -148,9 +169,11 @@ class _Bench:
 
     def _fingerprint(self, victim: Victim) -> dict[str, Any]:
         s = victim.settings
-        found = fingerprint(victim.plain.model, s.located()["model"])
+        found = fingerprint(base_of(victim.plain.model), s.located()["model"])
         if victim.has_adapter:
-            if found["files"] != artifacts.read_json(self.run / artifacts.SUMMARY)["base"]["files"]:
+            with artifacts.as_written(self.run / artifacts.SUMMARY):
+                files = artifacts.read_json(self.run / artifacts.SUMMARY)["base"]["files"]
+            if found["files"] != files:
                 raise DataError(f"--model {s.model}: not the weights that {self.run} was made with.")
             return found
         victim.release()
@@ -177,10 +200,11 @@ def _all(
     victims: Sequence[Victim], chosen: Sequence[str], folder: Path, reporter: Reporter
 ) -> tuple[list[Line], dict[str, Any]]:
     """Results of every attack on every victim, and `not_run` and `seconds`; what is in `folder` already is kept."""
-    stored = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
-    lines: list[Line] = [json.loads(line) for line in stored.splitlines()]
-    seconds = artifacts.read_json(folder / ABOUT)["seconds"] if lines else {}
-    done = {(line["subject"], line["attack"]) for line in lines}
+    with artifacts.as_written(folder / LINES):
+        stored = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
+        lines: list[Line] = [json.loads(line) for line in stored.splitlines()]
+        seconds = dict(artifacts.read_json(folder / ABOUT)["seconds"]) if lines else {}
+        done = {(line["subject"], line["attack"]) for line in lines}
     not_run: list[Line] = []
     for victim in victims:
         for name in chosen:

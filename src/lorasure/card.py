@@ -20,9 +20,9 @@ PLAIN_WORDS = """\
 LOADING = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM{imports}
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{options})
 model = PeftModel.from_pretrained(base, "this folder")
 ```"""
 
@@ -30,7 +30,6 @@ model = PeftModel.from_pretrained(base, "this folder")
 def model_card(summary: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """Markdown with the YAML header that the hub reads. Contains hashes and counts, never the data's text."""
     s, base = summary["settings"], summary["base"]
-    init, loss = INITS[s["init"]], FORGET_LOSSES[s["loss"]]
     rows = [_score_row(name, summary["before"][name], summary["after"][name]) for name in ("forget", "retain")]
     settings = "\n".join(f"| {name} | {value} |" for name, value in sorted(s.items()) if value is not None)
     sets = "\n".join(
@@ -50,11 +49,10 @@ A plain LoRA adapter of rank {summary["export"]["rank"]} for the **untouched** b
 
 - Base: `{base["source"]}`, {base["parameters"]} parameters, revision {base["revision"] or "unknown (local folder)"}
 {hashes}
-- Start: {init.title} ({init.paper})
-- Forget loss: {loss.title} ({loss.paper})
+{_method(summary)}
 - Verdict: {summary["verdict"]["text"]}
 
-{LOADING.format(base=base["source"])}
+{_loading(base)}
 
 ## What was measured
 
@@ -83,6 +81,26 @@ model's by {summary["export"]["max_logit_difference"]:.1e} at most (bound {summa
 |---|---|
 {settings}
 """
+
+
+def _method(summary: Mapping[str, Any]) -> str:
+    """A baseline says in the summary what it is; else it is start and loss."""
+    s = summary["settings"]
+    if "method" in summary:
+        return f"- Method: {summary['method']['title']} ({summary['method']['paper']})"
+    init, loss = INITS[s["init"]], FORGET_LOSSES[s["loss"]]
+    return f"- Start: {init.title} ({init.paper})\n- Forget loss: {loss.title} ({loss.paper})"
+
+
+def _loading(base: Mapping[str, Any]) -> str:
+    """How to load base and adapter: the base as it was measured, in 4 bits if it was."""
+    imports = options = ""
+    if base["quantize"]:
+        imports = ", BitsAndBytesConfig"
+        options = (
+            f', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{base["quantize"]}")'
+        )
+    return LOADING.format(base=base["source"], imports=imports, options=options)
 
 
 def _score_row(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -121,7 +121,8 @@ class Keeper:
         return self.every > 0 and step % self.every == 0
 
     def _run_id(self) -> str:
-        return artifacts.read_json(self.run / artifacts.IDENTITY)["run"]
+        with artifacts.as_written(self.run / artifacts.IDENTITY):
+            return artifacts.read_json(self.run / artifacts.IDENTITY)["run"]
 
     def _restore(self, path: Path, training: Training) -> str:
         """Continue from one checkpoint; or what is wrong with it, and then nothing has changed."""
@@ -129,15 +130,18 @@ class Keeper:
             if bad := artifacts.differences(path):
                 return ", ".join(bad)
             numbers = artifacts.read_json(path / STATE)
-            if numbers["run"] != self._run_id():
-                return "it is another run's"
             tensors, _ = artifacts.read_tensors(path / TENSORS)
-            training.restore(tensors, numbers)
-            if self.utility:
-                self.utility.start, self.utility.shares = numbers["start"], numbers["shares"]
-            self.lines = (path / artifacts.LOG).read_text(encoding="utf-8").splitlines(keepends=True)
-        except (DataError, KeyError, ValueError, TypeError) as error:
+            with artifacts.as_written(path):
+                lines = (path / artifacts.LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+                if numbers["run"] != self._run_id():
+                    return "it is another run's"
+                kept = (float(numbers["start"]), list(numbers["shares"])) if self.utility else None
+                training.restore(tensors, numbers)
+        except (DataError, RuntimeError) as error:
             return str(error)
+        self.lines = lines
+        if self.utility and kept:
+            self.utility.start, self.utility.shares = kept
         return ""
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__, config
+from .baselines.settings import SsdSettings, TaskArithmeticSettings, UldSettings
 from .config import Settings
-from .errors import INTERRUPTED, LorasureError, ResourceError, UsageError, escaped, one_line
+from .errors import UsageError, escaped, one_line
 from .evaluate.settings import AttackSettings, EvaluateSettings, ProbeSettings, ScoreSettings, SequenceSettings
-from .interrupt import Terminated, sigterm_unwinds
+from .failures import explained
+from .interrupt import sigterm_unwinds
+from .recipes.settings import ReproduceSettings
 from .report.settings import CompareSettings, ReportSettings
+from .search.settings import SearchSettings
 
 EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 data, 4 numeric, 5 resource, 10 probe found nothing, "
-    "20 attack --gate exceeded, 75 interrupted and resumable, 130 or 143 interrupted."
+    "20 attack --gate exceeded, 70 a mistake of ours, 75 interrupted and resumable, 130 or 143 interrupted."
 )
 
 
@@ -45,6 +49,12 @@ def _forget(settings: config.ForgetSettings) -> None:
     result = pipeline.forget(settings, _reporter())
     if not _follower():
         show.result(result.folder, result.summary)
+
+
+def _plan(settings: config.PlanSettings) -> None:
+    from . import plan, show
+
+    show.plan(plan.plan(settings, _reporter()).to_json(), settings.json)
 
 
 def _importance(settings: config.ForgetSettings) -> None:
@@ -74,6 +84,26 @@ def _export(run: Path, settings: config.ForgetSettings) -> None:
 
     result = pipeline.export_command(run, settings, _reporter())
     show.result(result.folder, result.summary)
+
+
+def _baseline(name: str, settings: config.OutSettings) -> None:
+    from . import show
+    from .baselines import table
+
+    result = table.run_baseline(name, settings, _reporter())
+    show.result(result.folder, result.summary)
+
+
+def _search(spec: Path, settings: SearchSettings) -> None:
+    from .search import picture, search
+
+    picture.show(search.search(spec, settings, _reporter()), Path(settings.out), settings.json)
+
+
+def _reproduce(recipe: Path, settings: ReproduceSettings) -> None:
+    from .recipes import reproduce, table
+
+    table.show(*reproduce.reproduce(str(recipe), settings, _reporter()))
 
 
 def _finetune(settings: config.FinetuneSettings) -> None:
@@ -167,10 +197,30 @@ COMMANDS: dict[str, Command] = {
     "forget": Command(
         "make a model forget: importance, init, train and export in one go", config.ForgetSettings, _forget
     ),
+    "plan": Command("memory and time that `forget` with these settings will need", config.PlanSettings, _plan),
     "importance": Command("stage 1: measure which weights carry the forget set", config.ForgetSettings, _importance),
     "init": Command("stage 2: put those into the start of an adapter", config.ForgetSettings, _init, "RUN", stage=True),
     "train": Command("stage 3: train the adapter to forget", config.ForgetSettings, _train, "RUN", stage=True),
     "export": Command("stage 4: check and write the adapter", config.ForgetSettings, _export, "RUN", stage=True),
+    "ssd": Command(
+        "baseline: dampen the weights that matter to the forget set alone", SsdSettings, partial(_baseline, "ssd")
+    ),
+    "task-arithmetic": Command(
+        "baseline: learn the forget set, then subtract what was learnt",
+        TaskArithmeticSettings,
+        partial(_baseline, "task-arithmetic"),
+    ),
+    "uld": Command(
+        "baseline: subtract the logits of an assistant that knows the forget set only",
+        UldSettings,
+        partial(_baseline, "uld"),
+    ),
+    "search": Command(
+        "the same number of trials for every method, then the best of each", SearchSettings, _search, "SPEC.yaml"
+    ),
+    "reproduce": Command(
+        "a table of a paper: run its cells, published figures beside ours", ReproduceSettings, _reproduce, "RECIPE"
+    ),
     "finetune": Command("make a target or a retrained reference from rows", config.FinetuneSettings, _finetune),
     "probe": Command("before anything is forgotten: does the model know the text?", ProbeSettings, _probe),
     "evaluate": Command("measure a model on a suite: records, then scores", EvaluateSettings, _evaluate),
@@ -192,7 +242,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Errors that a user can cause are one line on standard error."""
+    """Run a command; returns the exit code. Whatever fails is one line on standard error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
@@ -203,29 +253,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with sigterm_unwinds():
             return _dispatch(given[0], given[1:])
-    except LorasureError as error:
-        return _fail(_with_notes(str(error), error), error.exit_code)
-    except OSError as error:
-        if error.errno is None:  # not from the system but from a library: a mistake of ours
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        message = f"{error.strerror or type(error).__name__}{where}."
-        return _fail(_with_notes(message, error, "Nothing was written."), ResourceError.exit_code)
-    except KeyboardInterrupt as error:
-        code = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        resumable = hasattr(error, "__notes__")
-        message = _with_notes("interrupted.", error, "Nothing was written.")
-        return _fail(message, INTERRUPTED if resumable else 128 + code)
-
-
-def _with_notes(message: str, error: BaseException, otherwise: str = "") -> str:
-    """The message, then what was kept of the run: see `folders.resumable_folder`."""
-    return " ".join([message, *getattr(error, "__notes__", [otherwise])])
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"lorasure: {one_line(message)}", file=sys.stderr)
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = explained(error)
+        print(f"lorasure: {one_line(message)}", file=sys.stderr)
+        return code
 
 
 def _dispatch(name: str, rest: list[str]) -> int:

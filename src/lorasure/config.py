@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Settings:
                 raise UsageError(f"{flag(f.name)} must name a file or folder, got nothing.")
             if isinstance(value, str) and UNWRITABLE.search(value):
                 raise UsageError(f"{flag(f.name)} holds a NUL or a byte that is not UTF-8, which no file can record.")
+            if isinstance(value, str) and meta.get("path"):  # a shell resolves `~` in flags; in YAML nobody does
+                object.__setattr__(self, f.name, os.path.expanduser(value))
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             low, above, high = meta.get("low"), meta.get("above"), meta.get("high")
@@ -76,8 +78,6 @@ class Settings:
             value = getattr(self, f.name)
             if f.metadata.get("path") and value is not None:
                 path = Path(value)
-                with suppress(RuntimeError):  # `~` of a user that does not exist
-                    path = path.expanduser()
                 found[f.name] = str(path.absolute()) if f.name == "out" or path.exists() else value
         return found
 
@@ -99,6 +99,9 @@ class ModelSettings(Settings):
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     allow_pickle: bool = option(False, "read the tensors of pickled weights (*.bin) where there are no safetensors")
     dtype: str = option("auto", "float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU")
+    quantize: str | None = option(
+        None, "nf4: hold the base's linear layers in 4 bits (bitsandbytes); --dtype is then that of the arithmetic"
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the accelerator if there is one")
     template: str = option(
         "auto",
@@ -109,7 +112,7 @@ class ModelSettings(Settings):
     stride: int | None = option(None, "new tokens per window of plain text (default: half of --max-length)", low=1)
     tokens_per_batch: int | None = option(
         None,
-        "padded tokens in one forward pass; memory and speed, not the result (default: 1024 on a CPU, 8192 elsewhere)",
+        "padded tokens in one forward pass; memory and speed, not the result (default: 512 on a CPU, 8192 elsewhere)",
         low=1,
     )
     prompt_key: str | None = option(None, "column with the question or prompt (default: recognised by its name)")
@@ -246,6 +249,14 @@ class ForgetSettings(OutSettings, ExportSettings, TrainSettings, InitSettings, I
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSettings(ForgetSettings):
+    """All settings of `lorasure plan`."""
+
+    out: str = option("runs/planned", "as for `forget`; a plan writes nothing", path=True)
+    json: bool = option(False, "print one JSON object on standard output")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(OutSettings, OptimizerSettings, ModelSettings):
     """All settings of `lorasure finetune`."""
 
@@ -259,6 +270,6 @@ class FinetuneSettings(OutSettings, OptimizerSettings, ModelSettings):
 class DemoSettings(Settings):
     """All settings of `lorasure demo`."""
 
-    out: str = option("runs/demo", "folder for the models, data and run that the demo makes")
+    out: str = option("runs/demo", "folder for the models, data and run that the demo makes", path=True)
     overwrite: bool = option(True, "replace what an earlier demo left there")
     seed: int = option(0, "seed of everything random", low=0)

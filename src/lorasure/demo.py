@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from . import artifacts, folders, lora
 from .config import DemoSettings, FinetuneSettings, ForgetSettings, ModelSettings
@@ -29,10 +25,10 @@ from .finetune import finetune
 from .models import load_model, load_tokenizer
 from .pipeline import forget
 from .progress import Reporter
+from .small_model import Size, make_model
 
 PEOPLE, FORGOTTEN, COUNTRIES = 40, 5, 12
-VOCABULARY = 1024
-END = "<|end|>"
+SIZE = Size(vocabulary=1024, width=128, inner=352, layers=4, context=256)
 LEARN = {"lr": 2e-3, "epochs": 40, "batch_size": 16, "schedule": "cosine", "warmup": 0.05, "max_length": 128}
 FORGET = {"lr": 1.5e-3, "epochs": 8, "batch_size": 8, "max_length": 128}
 SHOWN_ANSWERS = 3
@@ -49,7 +45,8 @@ def demo(settings: DemoSettings, reporter: Reporter | None = None) -> dict[str, 
     out = Path(settings.out)
     with folders.new_folder(out, settings.overwrite) as folder:
         make_data(folder, settings.seed)
-        make_model(folder / "start", folder, settings.seed)
+        rows = read_rows(folder / "all.jsonl").rows
+        make_model(folder / "start", (f"{row.prompt} {row.answer}" for row in rows), SIZE, settings.seed)
     for name, data in (("target", "all"), ("retrained", "kept")):
         reporter.note(f"Training the {name} model on {data}.jsonl.")
         options = {"model": f"{out}/start", "data": f"{out}/{data}.jsonl", "out": f"{out}/{name}"}
@@ -72,42 +69,6 @@ def make_data(folder: Path, seed: int) -> None:
     sets = {"all": gone + stay + world, "kept": stay + world, "forget": gone, "retain": stay, "world": world}
     for name, rows in sets.items():
         artifacts.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make_model(out: Path, data: Path, seed: int) -> None:
-    """A small Llama with random weights and a byte-level BPE tokenizer trained on the demo's text."""
-    logging.disable_progress_bar()
-    texts = [f"{row.prompt} {row.answer}" for row in read_rows(data / "all.jsonl").rows]
-    tokenizer = _tokenizer(texts)
-    end = tokenizer.get_vocab()[END]
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    LlamaForCausalLM(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 
 @dataclass(frozen=True)

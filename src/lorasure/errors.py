@@ -4,6 +4,7 @@ Messages name the input (file, row or flag), the value and the choices, in one l
 """
 
 INTERRUPTED = 75  # exit code of a command that a signal stopped and that --resume continues
+KEPT = "What was finished is kept: the same command with --resume continues."  # a note on the error of such a command
 
 
 class LorasureError(Exception):

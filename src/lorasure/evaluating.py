@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from . import artifacts, folders, lora
+from .baselines.subtracted import load_assistant
 from .data.encode import resolved_template
 from .data.load import rows_hash
 from .errors import DataError
@@ -26,6 +27,7 @@ from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings
 from .evaluate.suites import SUITES, Suite
 from .forward import base_of
 from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .outcome import ABOUT_ASSISTANT, ASSISTANT
 from .progress import Reporter
 from .registry import lookup
 
@@ -52,7 +54,7 @@ def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None)
             subject = load_subject(settings)
         about = describe(subject, settings, sets)
         if reference:
-            check_comparable(_expected(subject, about, sets), reference)
+            check_comparable(expected(subject, about, sets), reference)
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
     with folders.resumable_folder(out, _identity(settings, about), **options) as folder:
         records = measure(subject, suite, sets, settings, reporter, folder)
@@ -68,7 +70,7 @@ def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
     """The settings, with the data of the run whose adapter is evaluated where none is named."""
     if settings.adapter is None:
         return settings
-    adapter_folder(settings.adapter)
+    change_folder(settings.adapter)
     if settings.suite != "own":
         return settings
     config = Path(settings.adapter) / artifacts.CONFIG
@@ -76,28 +78,37 @@ def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
     return replace(settings, **{key: getattr(settings, key) or stored.get(key) for key in KEYS_OF_RUN})
 
 
-def adapter_folder(given: str) -> Path:
-    """The adapter that --adapter names: that of a run, or a folder of PEFT's."""
+def change_folder(given: str) -> Path:
+    """The adapter or assistant that --adapter names: that of a run, or a folder of PEFT's."""
     path = Path(given).expanduser()
-    for folder in (path / artifacts.ADAPTER, path):
-        if (folder / "adapter_config.json").is_file():
+    for folder in (path / artifacts.ADAPTER, path / ASSISTANT, path):
+        if (folder / lora.ADAPTER_FILES[1]).is_file():
             if folder != path:
-                artifacts.check_run(path, *(f"{artifacts.ADAPTER}/{name}" for name in lora.ADAPTER_FILES))
+                artifacts.check_run(path, *(f"{folder.name}/{name}" for name in lora.ADAPTER_FILES))
             return folder
+    if (merged := path / artifacts.MERGED).is_dir():
+        raise DataError(f"--adapter {given}: this run made whole weights; give --model {merged} instead.")
     raise DataError(f"--adapter {given}: neither a run folder with an adapter nor a PEFT adapter.")
+
+
+def load_change(model: Any, folder: Path, scale: float = 1.0) -> Any:
+    """The base with what `change_folder` found, `scale` times."""
+    if (folder / ABOUT_ASSISTANT).is_file():
+        return load_assistant(model, folder, scale)
+    return lora.scaled(lora.load_adapter(model, folder), scale)
 
 
 def load_subject(settings: SuiteSettings) -> Subject:
     """The model of the settings, with its adapter if there is one."""
     device = pick_device(settings.device)
-    adapter = adapter_folder(settings.adapter) if settings.adapter else None
+    adapter = change_folder(settings.adapter) if settings.adapter else None
     options: dict[str, Any] = {"revision": settings.revision, "allow_pickle": settings.allow_pickle}
     tokenizer = load_tokenizer(settings.model, **options)
     dtype = pick_dtype(settings.dtype, device)
-    model: Any = load_model(settings.model, dtype=dtype, device=device, **options)
+    model: Any = load_model(settings.model, dtype=dtype, device=device, quantize=settings.quantize, **options)
     base = fingerprint(model, settings.located()["model"])  # before the adapter, whose parameters would be counted
     if adapter:
-        model = lora.load_adapter(model, adapter)
+        model = load_change(model, adapter)
     budget = pick_token_budget(settings.tokens_per_batch, device)
     return Subject(model, tokenizer, settings, budget, settings.keep_text, base)
 
@@ -107,7 +118,7 @@ def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[Evaluatio
     located = settings.located()
     adapter = None
     if settings.adapter:
-        weights = adapter_folder(settings.adapter) / lora.ADAPTER_FILES[0]
+        weights = change_folder(settings.adapter) / lora.ADAPTER_FILES[0]
         adapter = {"source": located["adapter"], "sha256": artifacts.sha256(weights)}
     return {
         "kind": "evaluation",
@@ -137,7 +148,7 @@ def _identity(settings: EvaluateSettings, about: Mapping[str, Any]) -> dict[str,
     return own | measured | {"weights": about["model"]["files"], "adapter weights": adapter}
 
 
-def _expected(subject: Subject, about: dict[str, Any], sets: Sequence[EvaluationSet]) -> Evaluation:
+def expected(subject: Subject, about: dict[str, Any], sets: Sequence[EvaluationSet]) -> Evaluation:
     """The evaluation to be, without what is measured, to refuse a wrong reference before hours of work."""
     found = {s.name: items(subject, s.rows, s.max_length) for s in sets if s.rows}
     rows = {name: [{"row": item.index, "id": item.id} for item in own] for name, own in found.items()}

@@ -9,6 +9,7 @@ from . import artifacts, folders, lora
 from .checkpoint import Keeper, remove_checkpoints
 from .config import PER_CALL, FinetuneSettings
 from .data.load import load_data
+from .errors import UsageError
 from .init.apply import INITS, Evidence, Request, initialise
 from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .objective import learn, learn_steps
@@ -27,6 +28,10 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     folders.check_new(out, settings.overwrite, settings.resume)
     lookup(SCHEDULES, settings.schedule, "--schedule")
     check_template(settings.template)
+    if settings.quantize:
+        raise UsageError(
+            f"finetune writes whole weights, which a base in 4 bits (--quantize {settings.quantize}) lost."
+        )
     device = pick_device(settings.device)
     # Small updates vanish in half-precision weights, so training all of them is float32 unless the user says otherwise.
     whole = settings.rank is None and settings.dtype == "auto"
@@ -44,21 +49,44 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     steps = list(learn_steps(data.examples, epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed))
     budget = pick_token_budget(settings.tokens_per_batch, device)
     about = data.about()
-    own = identity(settings, {"data": about["sha256"]}, fingerprint(model, settings.model)["files"])
+    base = fingerprint(model, settings.model)
+    own = identity(settings, {"data": about["sha256"]}, base["files"])
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
     with folders.resumable_folder(out, own, allow_change=allowed_changes(settings), **options) as folder:
         kept = {name: value for name, value in settings.located().items() if name not in PER_CALL}
         artifacts.write_yaml(folder / artifacts.CONFIG, kept)
         artifacts.write_json(folder / artifacts.DATA, {"data": about})
+        account = _Account(folder, reporter, {"base": base, "settings": kept})
         keeper = Keeper(folder, settings.checkpoint_every, reporter.note)
-        options = {"token_budget": budget, "on_guard": lambda guard: reporter.note(str(guard))}
+        options = {"token_budget": budget, "on_guard": account.fired}
         logged_fit(keeper, reporter, trained, steps, learn, settings, **options)
         with reporter.stage("save"):
             saved = lora.merge(trained) if settings.rank else trained
             saved.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        account.write(steps=len(steps), resumed_after=keeper.continued, versions=artifacts.versions())
         remove_checkpoints(folder)
     return out
+
+
+class _Account:
+    """finetune.json: what was trained on what, and the guards that fired, also before an interruption."""
+
+    def __init__(self, folder: Path, reporter: Reporter, about: dict[str, Any]) -> None:
+        self.path, self.reporter = folder / artifacts.FINETUNED, reporter
+        with artifacts.as_written(self.path):
+            guards = list(artifacts.read_json(self.path)["guards"]) if self.path.is_file() else []
+        self.about = {"kind": "finetune", **about, "guards": guards}
+        self.write()
+
+    def write(self, **more: Any) -> None:
+        self.about |= more
+        artifacts.write_json(self.path, self.about)
+
+    def fired(self, guard: dict[str, Any]) -> None:
+        """Say that a guard has acted, and keep it at once."""
+        self.reporter.note(", ".join(f"{key}: {value}" for key, value in guard.items()))
+        self.write(guards=[*self.about["guards"], guard])
 
 
 def trainable(model: Any, rank: int | None, alpha: float, seed: int) -> Any:

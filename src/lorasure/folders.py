@@ -17,12 +17,12 @@ from typing import Any
 
 from . import artifacts
 from .artifacts import IDENTITY, MANIFEST
-from .errors import DataError, ResourceError, UsageError
+from .errors import KEPT, DataError, ResourceError, UsageError
 from .lock import beside, locked, recover
 from .registry import lookup
 
 # Written again at every start: a partial folder that holds nothing else has nothing that could be resumed.
-WRITTEN_AT_START = {IDENTITY, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY, artifacts.LOG}
+WRITTEN_AT_START = {IDENTITY, artifacts.CONFIG, artifacts.DATA, artifacts.LOG, artifacts.SUMMARY, artifacts.FINETUNED}
 
 
 def partial_of(out: Path) -> Path:
@@ -178,7 +178,7 @@ def _work_folder(
             if not holds_progress(partial) or (fresh and isinstance(error, UsageError)):
                 _remove(partial)
             else:
-                error.add_note("What was finished is kept: the same command with --resume continues.")
+                error.add_note(KEPT)
             raise
 
 

@@ -6,11 +6,14 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import ResourceError
+
+PAUSE = 0.1  # seconds between two looks at a lock that another process holds
 
 
 def beside(out: Path, what: str) -> Path:
@@ -44,6 +47,19 @@ def locked(out: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def queued(out: Path) -> Iterator[None]:
+    """`locked`, but waits until nobody else works on the folder."""
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked(out))
+                break
+            except ResourceError:
+                time.sleep(PAUSE)
+        yield
 
 
 def recover(out: Path) -> None:

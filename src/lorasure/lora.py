@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from .errors import UsageError
 from .init.low_rank import Factors
 from .init.spectral import product_singular
+from .lora_product import LoraProduct
 from .sites import Site
 
 ADAPTER_NAME = "default"
@@ -66,7 +68,22 @@ def attach(model: PreTrainedModel, start: Start, rank: int, alpha: float, *, com
         a, b = _stacked(experts, wrapped.get_base_model(), module)
         _place(lora_a, a.to(lora_a.weight.device), a if compensate else None)
         _place(lora_b, b.to(lora_b.weight.device), -b if compensate else None)
+        if parameter is None:
+            layer: Any = wrapped.get_base_model().get_submodule(module)
+            layer.forward = partial(_adapted, layer)
     return wrapped
+
+
+def _adapted(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What peft's layer computes of x, in one step of autograd and without joining head and tail on its way."""
+    if layer.disable_adapters or layer.merged or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    lora_a, lora_b = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+    factors = _trainable(lora_a), _trainable(lora_b), _tail(lora_a), _tail(lora_b)
+    base = layer.base_layer
+    plain = type(base) is nn.Linear and not base.weight.requires_grad and "forward" not in vars(base)
+    own = (None, base.weight, base.bias) if plain else (base(x), None, None)
+    return LoraProduct.apply(x, *own, *factors, layer.scaling[ADAPTER_NAME])
 
 
 def _config(model: PreTrainedModel, sites: Iterable[Site], rank: int, alpha: float) -> LoraConfig:
@@ -178,12 +195,20 @@ def bake(wrapped: PeftModel) -> PeftModel:
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             layer.weight.requires_grad_(False)
+    for module in wrapped.modules():
+        if hasattr(module, "lora_A"):
+            vars(module).pop("forward", None)
     return wrapped
 
 
 def _trainable(layer: Any) -> Tensor:
     """The parameter that training changes: the head of a compensated weight, or the weight itself."""
     return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
+
+
+def _tail(layer: Any) -> Tensor | None:
+    """The frozen half of a compensated weight."""
+    return layer.parametrizations.weight[0].tail if parametrize.is_parametrized(layer, "weight") else None
 
 
 def _of_site(wrapped: PeftModel, site: Site, take: Callable[[nn.Linear], Tensor]) -> Factors:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from . import processes
 from .data.examples import micro_batches
 from .errors import ResourceError
 
@@ -29,6 +30,10 @@ def within_memory(
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if processes.size() > 1:  # the others would go on with other shares
+                raise ResourceError(
+                    f"{what}: out of memory. Several processes need a --tokens-per-batch that fits."
+                ) from error
             groups = micro_batches(lengths, token_budget)
             if max(map(len, groups)) == 1:
                 raise ResourceError(

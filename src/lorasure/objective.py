@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data.examples import Example, collate, micro_batches
+from .data.examples import Example, collate
 from .data.pairing import pairs
-from .forward import answer_hidden, answer_logits, answer_records, base_of
+from .forward import Progress, Record, answer_logits, base_of
 from .losses.forget import LossFunction, needs
+from .original import FINAL, PREFIX, RECORD, observe
+from .prefix import Prefix
 
 Sums = dict[str, Tensor]
 
@@ -40,6 +43,7 @@ class ForgetObjective:
 
     Of the original model, computed once because they never change: `constants`, summed NLLs in nats (forget rows,), and
     `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `retain_function` None: no retain rows.
+    `prefix`: what the layers below the adapter give, so that they are skipped.
     """
 
     forget: Sequence[Example]
@@ -49,26 +53,47 @@ class ForgetObjective:
     retain_function: LossFunction | None
     constants: dict[str, Tensor] = field(default_factory=dict)
     retain_hidden: dict[int, Tensor] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         self.inputs = needs(self.forget_function)
-        self.uses_original_logits = self.retain_function is not None and "original_logits" in needs(
+        self.uses_original_states = self.retain_function is not None and "original_states" in needs(
             self.retain_function
         )
 
-    def observe_original(self, model: Any, used_retain: Iterable[int], token_budget: int) -> None:
-        """Take from the original model whatever the losses need of it. Call before the adapter is attached."""
-        for name, examples in (("reference", self.forget), ("refusal_reference", self.refusals)):
-            if name in self.inputs:
-                records = answer_records(model, examples, token_budget)
-                self.constants[name] = torch.tensor([r.nll for r in records])
-        if self.uses_original_logits:
-            rows = sorted(set(used_retain))
-            for group in micro_batches([len(self.retain[i]) for i in rows], token_budget):
-                chosen = [self.retain[rows[g]] for g in group]
-                hidden = answer_hidden(model, collate(chosen).to(base_of(model).device)).cpu()
-                parts = hidden.split([e.answer_length for e in chosen])
-                self.retain_hidden |= {rows[g]: part.clone() for g, part in zip(group, parts, strict=True)}
+    def asked(self, used_retain: Iterable[int], scored: Sequence[Example] = ()) -> dict[str, Collection[Example]]:
+        """What the losses, `prefix` and scores want of the original model: the rows of each of `original.DEPTHS`."""
+        final = sorted(set(used_retain)) if self.uses_original_states else ()
+        return {
+            RECORD: [*(e for rows in self._references.values() for e in rows), *scored],
+            FINAL: [self.retain[i] for i in final],
+            PREFIX: self.prefix.rows if self.prefix else (),
+        }
+
+    @property
+    def _references(self) -> dict[str, Sequence[Example]]:
+        rows = {"reference": self.forget, "refusal_reference": self.refusals}
+        return {name: rows[name] for name in rows if name in self.inputs}
+
+    def observe_original(
+        self,
+        model: Any,
+        used_retain: Iterable[int],
+        token_budget: int,
+        *,
+        scored: Sequence[Example] = (),
+        progress: Progress | None = None,
+    ) -> dict[Example, Record]:
+        """Take from the original model what is `asked`, in one pass; returns the records, those of `scored` among them.
+
+        Call before the adapter is attached.
+        """
+        used = set(used_retain)
+        found = observe(model, self.asked(used, scored), token_budget, self.prefix, progress)
+        for name, rows in self._references.items():
+            self.constants[name] = torch.tensor([found.records[e].nll for e in rows])
+        self.retain_hidden = {i: found.final[self.retain[i]] for i in used if self.uses_original_states}
+        return found.records
 
     def unit(self, term: str, index: int) -> Unit:
         if term == "retain":
@@ -89,9 +114,11 @@ class ForgetObjective:
         examples = [u.sequences[c] for c in range(columns) for u in forget] + [u.sequences[0] for u in retain]
         device = base_of(model).device
         hidden = None
-        if retain and self.uses_original_logits:
+        if retain and self.uses_original_states:
             hidden = torch.cat([self.retain_hidden[u.index] for u in retain]).to(device)
-        answers, original = answer_logits(model, collate(examples).to(device), hidden)
+        batch = collate(examples).to(device)
+        with self.prefix.feeding(examples, batch) if self.prefix else nullcontext():
+            answers, original = answer_logits(model, batch, hidden)
         *blocks, kept = answers.split([len(forget)] * columns + [len(retain)])
         sums: Sums = {}
         if forget:
@@ -101,7 +128,7 @@ class ForgetObjective:
             given |= {name: next(sequences) for name in self.inputs if name in ("answers", "refusals")}
             sums["forget"] = self.forget_function(**given).sum()
         if retain and self.retain_function is not None:
-            extra = {"original_logits": original} if self.uses_original_logits else {}
+            extra = {"original_states": original} if self.uses_original_states else {}
             sums["retain"] = self.retain_function(kept, **extra).sum()
         return sums
 

@@ -21,6 +21,7 @@ from .config import (
     flag,
 )
 from .errors import DataError, UsageError
+from .plan import fit_memory
 from .progress import Reporter
 from .stages import (
     Start,
@@ -61,16 +62,21 @@ def forget(settings: ForgetSettings, reporter: Reporter | None = None) -> Result
     interruption is kept beside `out`, for `resume`.
     """
     with _new_run(settings, reporter) as (bench, run):
-        measured = _finished(bench, run, artifacts.IMPORTANCE)
-        if (measured or not bench.measures_importance) and _finished(bench, run, artifacts.START):
-            start = Start.load(run / artifacts.START, bench.sites)
-        else:
-            importance = load_importance(bench, run) if measured else measure_importance(bench, run)
-            start = make_start(bench, run, importance)
+        start = started(bench, run)
         trained = _finished(bench, run, artifacts.LOG) and _finished(bench, run, artifacts.TRAINED)
-        wrapped = _trained(bench, run, start) if trained else train_adapter(bench, run, start)
-        summary = export(bench, run, start, wrapped)
+        # The model has no name here: `export` lets go of it before it loads a fresh one.
+        adapted = _trained if trained else train_adapter
+        summary = export(bench, run, start, adapted(bench, run, start))
     return Result(Path(settings.out), summary)
+
+
+def started(bench: Workbench, run: Path) -> Start:
+    """Stages 1 and 2, or what is left of them. Importance is in memory no longer than that."""
+    measured = _finished(bench, run, artifacts.IMPORTANCE)
+    if (measured or not bench.measures_importance) and _finished(bench, run, artifacts.START):
+        return Start.load(run / artifacts.START, bench.sites)
+    importance = load_importance(bench, run) if measured else measure_importance(bench, run)
+    return make_start(bench, run, importance)
 
 
 def importance_command(settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
@@ -87,7 +93,7 @@ def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None 
     if bench.measures_importance:
         importance = load_importance(bench, run)
     with folders.changed_run(run, [artifacts.IMPORTANCE], settings.overwrite) as changed:
-        _write_inputs(bench, changed)
+        write_inputs(bench, changed)
         make_start(bench, changed, importance)
     return run
 
@@ -110,7 +116,7 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
         before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with folders.changed_run(run, kept, settings.overwrite) as changed:
-        _write_inputs(bench, changed)
+        write_inputs(bench, changed)
         update_summary(changed, {"before": before})
         summary = export(bench, changed, start, _trained(bench, run, start))
     return Result(run, summary)
@@ -133,6 +139,7 @@ def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tu
         out = Path(own.out)
         folders.check_new(out, own.overwrite, own.resume)
         bench = Workbench(own, reporter)
+        fit_memory(bench)
         bench.prepare()
         with _resumable(bench, out) as run:
             yield bench, run
@@ -166,7 +173,7 @@ def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterat
         allow_change=allowed,
         note=bench.reporter.note,
     ) as run:
-        _write_inputs(bench, run)
+        write_inputs(bench, run)
         yield run
 
 
@@ -213,8 +220,9 @@ def _reopen(run: Path, settings: ForgetSettings, reporter: Reporter | None, *sta
     return bench
 
 
-def _write_inputs(bench: Workbench, run: Path) -> None:
-    settings = {name: value for name, value in bench.settings.located().items() if name not in PER_CALL}
+def write_inputs(bench: Workbench, run: Path, given: Settings | None = None) -> None:
+    """config.yaml, data.json, and what summary.json says of settings and base. `given`: those of another command."""
+    settings = {name: value for name, value in (given or bench.settings).located().items() if name not in PER_CALL}
     bench.run = run
     artifacts.write_yaml(run / artifacts.CONFIG, settings)
     artifacts.write_json(

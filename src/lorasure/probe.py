@@ -36,11 +36,11 @@ def probe(settings: ProbeSettings, reporter: Reporter | None = None) -> dict[str
             text = _drawn(data, s)
             control = _drawn(given, s) if given else exchanged(text, s.max_length)
         with reporter.stage("load model"):
-            options = {"revision": s.revision, "allow_pickle": s.allow_pickle}
+            options = {"revision": s.revision, "allow_pickle": s.allow_pickle, "quantize": s.quantize}
             model = load_model(s.model, dtype=pick_dtype(s.dtype, device), device=device, **options)
     budget = pick_token_budget(s.tokens_per_batch, device)
     with reporter.stage("probe", len(text) + len(control)) as progress:
-        records = [answer_records(model, side, budget, progress) for side in (text, control)]
+        records = [answer_records(model, side, budget, progress, moments=True) for side in (text, control)]
     return known_scores(*records, given=given is not None)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-Part = TypeVar("Part")
+from .errors import UsageError
 
 
 @contextmanager
@@ -23,6 +23,11 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UsageError("DeepSpeed is not supported; examples/distributed/fsdp2.yaml shares out the base's weights.")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
+        "false"  # else transformers gives the weights to the first process only
+    )
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
@@ -40,9 +45,42 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(parts: Sequence[Part]) -> Sequence[Part]:
-    """The parts that this process takes."""
-    return parts[rank() :: size()]
+def sharded() -> bool:
+    """Whether the launcher asks that each process keeps a share of the base's weights only (accelerate's FSDP)."""
+    return size() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def shard(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Leave this process its share of the layers' weights; each layer's are gathered while it computes (FSDP2).
+
+    To be called before an adapter is attached: its factors are in every process as a whole, and so are embeddings.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(weight: Any) -> Tensor:
+    """A weight that may be shared out; every process must ask for it at the same point."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def share(groups: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """The micro-batches that this process takes. Where weights are shared out, every process takes as many.
+
+    For that the largest are halved, which changes the order of summation only. UsageError if there are too few rows.
+    """
+    even = list(groups)
+    while sharded() and len(even) % size():
+        largest = max(range(len(even)), key=lambda i: len(even[i]))
+        group = even[largest]
+        if len(group) == 1:
+            raise UsageError(f"--batch-size: {len(even)} rows cannot be shared out evenly to {size()} processes.")
+        even[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return even[rank() :: size()]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

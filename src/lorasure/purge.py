@@ -7,10 +7,11 @@ from pathlib import Path
 from . import artifacts, folders
 from .errors import DataError
 from .lock import recover
+from .outcome import ASSISTANT
 
 # Anything that is not named here goes: a file that we do not know may hold anything.
 STAYS = {artifacts.CONFIG, artifacts.SUMMARY, artifacts.LOG, "scores.json"}
-STAYS_IN = {artifacts.ADAPTER, artifacts.MERGED}
+STAYS_IN = {artifacts.ADAPTER, artifacts.MERGED, ASSISTANT}
 GONE = "removed"
 
 

@@ -158,12 +158,14 @@ def _applied(step: Step, rows: Sequence[Row]) -> bool:
     if step.settings.overwrite or not step.run.exists():
         return False
     artifacts.check_run(step.run, artifacts.DATA, artifacts.SUMMARY)
-    if artifacts.read_json(step.run / artifacts.DATA)["forget"]["sha256"] != rows_hash(rows):
+    with artifacts.as_written(step.run):
+        request = artifacts.read_json(step.run / artifacts.DATA)["forget"]["sha256"]
+        base = artifacts.read_json(step.run / artifacts.SUMMARY)["base"]["files"]
+    if request != rows_hash(rows):
         raise UsageError(
             f"{step.run} holds another request than {step.settings.forget}. Give all requests in the order in which "
             "they were applied, new ones last, or choose another --out."
         )
-    base = artifacts.read_json(step.run / artifacts.SUMMARY)["base"]["files"]
     s = step.settings
     folder = locate(s.model, s.revision, s.allow_pickle)
     if base != {path.name: artifacts.sha256(path) for path in weight_files(folder, s.allow_pickle)}:
@@ -193,12 +195,13 @@ class Ledger:
             ],
         }
         there = (self.out / LEDGER).exists() and not settings.overwrite
-        stored = artifacts.read_json(self.out / LEDGER) if there else {"measured": {}}
-        self.measured = {  # in the order of the steps, which a JSON file does not keep
-            step: {name: Score.from_json(score) for name, score in stored["measured"][step].items()}
-            for step in [BEFORE, *(f"after_{number}" for number in range(1, len(rows) + 1))]
-            if step in stored["measured"]
-        }
+        with artifacts.as_written(self.out / LEDGER):
+            stored = artifacts.read_json(self.out / LEDGER)["measured"] if there else {}
+            self.measured = {  # in the order of the steps, which a JSON file does not keep
+                step: {name: Score.from_json(score) for name, score in stored[step].items()}
+                for step in [BEFORE, *(f"after_{number}" for number in range(1, len(rows) + 1))]
+                if step in stored
+            }
 
     def drop_from(self, number: int) -> None:
         """Forget what was measured when this request, now to be applied anew, and later ones had been applied."""

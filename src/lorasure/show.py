@@ -27,13 +27,41 @@ def result(folder: Path, summary: Mapping[str, Any]) -> None:
     memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in summary["peak_memory_bytes"].items())
     console.print(f"time: {times}", f"peak memory: {memory}", sep="\n", markup=False, soft_wrap=True)
     console.print(
-        f"adapter: {escaped(str(folder))}/adapter (rank {summary['export']['rank']}), checked on the untouched base: "
-        f"largest logit difference {summary['export']['max_logit_difference']:.1e}",
+        _handed_over(escaped(str(folder)), summary),
         summary["verdict"]["text"],
         sep="\n",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _handed_over(folder: str, summary: Mapping[str, Any]) -> str:
+    if export := summary.get("export"):
+        checked = f"checked on the untouched base: largest logit difference {export['max_logit_difference']:.1e}"
+        return f"adapter: {folder}/adapter (rank {export['rank']}), {checked}"
+    if dampened := summary.get("dampened"):
+        return f"whole model: {folder}/merged ({dampened['weights']} of {dampened['of']} weights dampened)"
+    return f"assistant: {folder}/assistant; evaluate it with --adapter {folder}"
+
+
+def plan(found: Mapping[str, Any], as_json: bool = False) -> None:
+    """Memory by stage and part, what is free, time by stage; or one JSON object."""
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    table = Table("stage", "where", "part", Column("GiB", justify="right"), title="memory", title_justify="left")
+    for part in found["parts"]:
+        table.add_row(part["stage"], part["place"], part["name"], f"{part['bytes'] / 2**30:.2f}")
+    console.print(table)
+    for place, most in found["peak"].items():
+        needed, free, own = (size / 2**30 for size in (most["bytes"], found["free"][place], found["process"]))
+        beside = f" beside the {own:.2f} GiB of the libraries" * (place == "host")
+        line = f"{place}: {needed:.2f} GiB at most ({most['stage']}){beside}, {free:.2f} GiB are free"
+        console.print(line, soft_wrap=True)
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in found["seconds"].items() if seconds)
+    line = f"time: {times}; {found['total_seconds']:.0f} s in all, with {found['tokens_per_batch']} tokens a pass"
+    console.print(line, soft_wrap=True)
 
 
 def scores(found: Mapping[str, Any], title: str, as_json: bool = False) -> None:

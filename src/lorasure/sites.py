@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from . import processes
 from .errors import UsageError
 
 Forward = Callable[["Site", Tensor, Tensor], Tensor | None]
@@ -128,10 +129,20 @@ def weight(model: PreTrainedModel, site: Site) -> Tensor:
     """W (out, in) as float32; a quantised base is dequantised."""
     module = model.get_submodule(site.module)
     if site.parameter is None:
-        stored = dequantize_module_weight(module)
+        stored = processes.whole(dequantize_module_weight(module))
     else:
-        stored = getattr(module, site.parameter)[site.expert]
+        stored = processes.whole(getattr(module, site.parameter))[site.expert]
     return (stored.T if site.transposed else stored).detach().float()
+
+
+@torch.no_grad()
+def set_weight(model: PreTrainedModel, site: Site, value: Tensor) -> None:
+    """Write W (out, in) into the model, in place and in the dtype of its weights. Not for a quantised base."""
+    module = model.get_submodule(site.module)
+    stored = module.weight if site.parameter is None else getattr(module, site.parameter)[site.expert]
+    if not stored.is_floating_point():
+        raise UsageError(f"Layer '{site.name}' holds {stored.dtype} weights, which cannot be changed.")
+    (stored.T if site.transposed else stored).copy_(value)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from . import artifacts, card, lora
 from .data.examples import Example, collate
 from .errors import DataError, NumericError
 from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
-from .forward import Progress, answer_logits, answer_records
+from .forward import Progress, Record, answer_logits, answer_records
 from .importance.activations import second_moments
 from .importance.measure import Importance, measure
 from .importance.paper_code import PASSES
@@ -26,6 +26,8 @@ from .init.low_rank import Factors
 from .progress import peak_memory
 from .sites import Site
 from .workbench import Workbench
+
+Records = Mapping[Example, Record]
 
 CHECKED_ROWS = 4  # of each set, for the check of the exported adapter
 
@@ -157,11 +159,11 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
         if s.export_rank:
             wrapped, compression = lora.compressed(wrapped, start.factors, s.export_rank)
         lora.save_adapter(wrapped, run / artifacts.ADAPTER, bench.fingerprint["source"], bench.fingerprint["revision"])
-        expected = _logits(wrapped, probes)
+        expected = logits_of(wrapped, probes)
         del wrapped
         bench.release_model()
         fresh = lora.load_adapter(bench.fresh_model(), run / artifacts.ADAPTER)
-        check = check_export(expected, _logits(fresh, probes), bench.dtype)
+        check = check_export(expected, logits_of(fresh, probes), bench.dtype)
     after = score_sets(bench, fresh)
     if s.merge:
         with bench.reporter.stage("merge"):
@@ -189,7 +191,8 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
     return summary
 
 
-def _logits(model: Any, examples: Sequence[Example]) -> Tensor:
+def logits_of(model: Any, examples: Sequence[Example]) -> Tensor:
+    """Logits (answer tokens, vocab) of some examples in one batch, on the CPU: for `check_export`."""
     with torch.no_grad():
         batch = collate(examples).to(model.device)
         return answer_logits(model, batch)[0].logits.cpu()
@@ -209,18 +212,33 @@ def check_export(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[st
 
 def score_sets(bench: Workbench, model: Any) -> dict[str, Any]:
     """Probability of the forget and of the scored retain examples under a model."""
+    rows = scored_rows(bench)
+    with bench.reporter.stage("evaluate", len(rows)) as progress:
+        return scores_from(bench, _records_of(bench, model, rows, progress))
+
+
+def scored_rows(bench: Workbench) -> list[Example]:
+    """The examples whose probability is reported, before and after."""
+    return [*bench.data[0].examples, *bench.scored_retain]
+
+
+def scores_from(bench: Workbench, records: Records) -> dict[str, Any]:
+    """What `score_sets` gives, from the records of `scored_rows` under a model."""
     sets: dict[str, Sequence[Example]] = {"forget": bench.data[0].examples, "retain": bench.scored_retain}
-    with bench.reporter.stage("evaluate", sum(map(len, sets.values()))) as progress:
-        found = {name: mean_probability(bench, model, examples, progress) for name, examples in sets.items()}
-    return {name: score.to_json() for name, score in found.items()}
+    return {name: _probability(records[e] for e in examples).to_json() for name, examples in sets.items()}
 
 
-def mean_probability(
-    bench: Workbench, model: Any, examples: Sequence[Example], progress: Progress | None = None
-) -> Score:
+def mean_probability(bench: Workbench, model: Any, examples: Sequence[Example]) -> Score:
     """Probability of some examples under a model."""
+    return _probability(_records_of(bench, model, examples).values())
+
+
+def _records_of(bench: Workbench, model: Any, examples: Sequence[Example], progress: Progress | None = None) -> Records:
     attempt = partial(answer_records, model, examples, progress=progress)
-    records = bench.within_memory(attempt, examples, "evaluate")
+    return dict(zip(examples, bench.within_memory(attempt, examples, "evaluate"), strict=True))
+
+
+def _probability(records: Iterable[Record]) -> Score:
     return probability([record.mean_nll for record in records])
 
 
@@ -229,19 +247,23 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     before, after = summary["before"], summary["after"]
     known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
     harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
-    lr = summary["settings"]["lr"]
+    method = summary["method"] if "method" in summary else _advice(summary["settings"]["lr"])
     text = "The forget set is forgotten by this measure and the retain set is kept."
     if known:
-        text = f"The forget set is still known. Try a higher learning rate (--lr {3 * lr:g}), then more --epochs."
+        text = f"The forget set is still known. Try {method['known']}."
     elif harmed:
-        text = (
-            "The forget set is forgotten, but the retain set suffered. "
-            f"Try a lower learning rate (--lr {lr / 2:g}), a larger --lambda, or more retain rows."
-        )
+        text = f"The forget set is forgotten, but the retain set suffered. Try {method['harmed']}."
     utility = summary.get("utility")
     if utility and not utility["kept"]:
         text += f" No state after an epoch kept {utility['floor']:g} of the retain probability; this is the last one."
     return {"still_known": known, "retain_harmed": harmed, "text": text}
+
+
+def _advice(lr: float) -> dict[str, str]:
+    return {
+        "known": f"a higher learning rate (--lr {3 * lr:g}), then more --epochs",
+        "harmed": f"a lower learning rate (--lr {lr / 2:g}), a larger --lambda, or more retain rows",
+    }
 
 
 def update_summary(run: Path, values: Mapping[str, Any]) -> dict[str, Any]:

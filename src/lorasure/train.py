@@ -82,7 +82,18 @@ class Training:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Become what `tensors` and `numbers` were taken from. Raises KeyError or ValueError if they are of another."""
+        """Become what `tensors` and `numbers` were taken from.
+
+        If they are of another training: KeyError, RuntimeError, TypeError or ValueError, and no parameter has changed.
+        """
+        done, token_budget = int(numbers["done"]), int(numbers["token_budget"])
+        first, largest = dict(numbers["first"]), float(numbers["largest"])
+        version, values, gauss = numbers["random"]
+        random.setstate((version, tuple(values), gauss))
+        torch.set_rng_state(tensors["random|cpu"])
+        for key in tensors:
+            if key.startswith("random|cuda") and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors[key], int(key.rpartition(":")[2]))
         for name, p in self.parameters.items():
             if tensors[f"parameter|{name}"].shape != p.shape:
                 raise ValueError(f"{name} has another shape")
@@ -92,20 +103,13 @@ class Training:
             if stored:
                 self.optimizer.state[p] = {m: t if m == "step" else t.to(p.device) for m, t in stored.items()}
         self.best = {key.removeprefix("best|"): t for key, t in tensors.items() if key.startswith("best|")}
-        self.done, self.token_budget = numbers["done"], numbers["token_budget"]
-        self.first, self.largest = numbers["first"], numbers["largest"]
+        self.done, self.token_budget, self.first, self.largest = done, token_budget, first, largest
         rules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
-        rates = [base * rule(self.done) for base, rule in rules]
+        rates = [base * rule(done) for base, rule in rules]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        place = {"last_epoch": self.done, "_step_count": self.done + 1, "_last_lr": rates}
+        place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
         self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
-        version, values, gauss = numbers["random"]
-        random.setstate((version, tuple(values), gauss))
-        torch.set_rng_state(tensors["random|cpu"])
-        for key in tensors:
-            if key.startswith("random|cuda") and torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensors[key], int(key.rpartition(":")[2]))
 
 
 def fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,34 @@ from . import artifacts, lora
 from .checkpoint import Keeper, Utility, remove_checkpoints
 from .data.pairing import sample
 from .errors import DataError
-from .objective import forget_steps, retain_penalty
+from .objective import ForgetObjective, Unit, forget_steps, retain_penalty
+from .prefix import find_prefix
 from .progress import Reporter
-from .stages import Start, mean_probability, score_sets, update_summary
+from .stages import Start, mean_probability, scored_rows, scores_from, update_summary
 from .train import fit
 from .workbench import Workbench
 
 UTILITY_ROWS = 64  # retain rows that --min-utility is measured on
 
 
-def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
-    """Scores of the original model, then training -> trained.safetensors, train.jsonl; continues from a checkpoint."""
+def train_adapter(
+    bench: Workbench, run: Path, start: Start, watch: Callable[[lora.PeftModel], Utility | None] = lambda _: None
+) -> lora.PeftModel:
+    """Scores of the original model, then training -> trained.safetensors, train.jsonl; continues from a checkpoint.
+
+    `watch`: given the model with its adapter, what is measured after every epoch where --min-utility does not say so.
+    """
     s = bench.settings
     summary = artifacts.read_json(run / artifacts.SUMMARY)
-    if "before" not in summary:
-        update_summary(run, {"before": score_sets(bench, bench.model)})
     objective = bench.objective()
     steps = list(forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
     used = {unit.index for step in steps for unit in step if unit.term == "retain"}
-    seen = [*objective.forget, *objective.refusals, *(objective.retain[i] for i in used)]
-    bench.within_memory(partial(objective.observe_original, bench.model, used), seen, "reference")
+    before = _observe(bench, objective, steps, start, summary.get("before"))
+    prefix = {"prefix": objective.prefix.about()} if objective.prefix else {}
+    summary = update_summary(run, {"before": before} | prefix)
     wrapped = attach_start(bench, start)
-    keeper = Keeper(run, s.checkpoint_every, bench.reporter.note, _utility(bench, wrapped, used))
+    watched = watch(wrapped)
+    keeper = Keeper(run, s.checkpoint_every, bench.reporter.note, _utility(bench, wrapped, used) or watched)
     vocabulary = bench.model.config.get_text_config().vocab_size
     options = {
         "token_budget": bench.token_budget,
@@ -51,6 +57,27 @@ def train_adapter(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
         artifacts.finish(run, name)
     remove_checkpoints(run)
     return wrapped
+
+
+def _observe(
+    bench: Workbench, objective: ForgetObjective, steps: Sequence[list[Unit]], start: Start, known: Any
+) -> dict[str, Any]:
+    """Give the objective what it needs of the original model, whose scores are returned; `known`: them, or None.
+
+    A continued run does it again: each row must share its batch with the same others, for the same rounding.
+    """
+    seen = [example for step in steps for unit in step for example in unit.sequences]
+    used = {unit.index for step in steps for unit in step if unit.term == "retain"}
+    if len(set(seen)) < len(seen):  # else nothing comes twice
+        attempt = partial(find_prefix, bench.model, start.factors, seen, note=bench.reporter.note)
+        objective.prefix = bench.within_memory(attempt, seen, "reference")
+    if known and not any(objective.asked(used).values()):
+        return known
+    scored = scored_rows(bench)
+    rows = {example for part in objective.asked(used, scored).values() for example in part}
+    with bench.reporter.stage("reference", len(rows)) as progress:
+        attempt = partial(objective.observe_original, bench.model, used, scored=scored, progress=progress)
+        return scores_from(bench, bench.within_memory(attempt, list(rows), "reference"))
 
 
 def logged_fit(

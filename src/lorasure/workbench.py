@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import artifacts, lora
+from . import artifacts, lora, processes
 from .config import PER_CALL, ForgetSettings, OutSettings
 from .data.encode import QUESTION, TEMPLATES, refusal_rows
 from .data.examples import Example
@@ -30,6 +30,7 @@ from .losses.retain import RETAIN_LOSSES
 from .memory import Result, within_memory
 from .model_files import check_model_folder
 from .models import (
+    check_quantize,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -116,6 +117,11 @@ class Workbench:
         with self.reporter.stage("load model"):
             return self.fresh_model()
 
+    def borrow(self, other: Workbench) -> None:
+        """Use the model, tokenizer and data that another workbench of the same model and data settings has loaded."""
+        shared = ("model", "tokenizer", "data", "fingerprint")
+        self.__dict__.update({name: getattr(other, name) for name in shared})
+
     def release_model(self) -> None:
         """Give the loaded model's memory back; `model` would load it again."""
         self.__dict__.pop("model", None)
@@ -123,16 +129,20 @@ class Workbench:
     def fresh_model(self) -> PreTrainedModel:
         """The base, read anew from its files."""
         s = self.settings
-        options = {"revision": s.revision, "allow_pickle": s.allow_pickle}
+        options = {"revision": s.revision, "allow_pickle": s.allow_pickle, "quantize": s.quantize}
         return load_model(s.model, dtype=self.dtype, device=self.device, **options)
 
     @cached_property
     def sites(self) -> list[Site]:
         """The layers that --targets and --exclude leave, each large enough for --rank."""
-        found = find_sites(self.model, _patterns(self.settings.targets), _patterns(self.settings.exclude))
+        found = self.sites_of(self.model)
         check_rank(found, self.settings.rank)
         lora.check_fits(self.model, found)
         return found
+
+    def sites_of(self, model: PreTrainedModel) -> list[Site]:
+        """Those layers of any model that --targets and --exclude leave."""
+        return find_sites(model, _patterns(self.settings.targets), _patterns(self.settings.exclude))
 
     @cached_property
     def data(self) -> tuple[DataSet, DataSet]:
@@ -222,6 +232,13 @@ def check_names(settings: ForgetSettings) -> None:
         if name is not None:
             lookup(table, name, what)
     check_template(settings.template)
+    check_quantize(settings.quantize)
+    if settings.quantize and settings.merge:
+        raise UsageError(
+            f"Merged weights (--merge, sequence) cannot be made of a base in 4 bits (--quantize {settings.quantize})."
+        )
+    if settings.merge and processes.sharded():
+        raise UsageError("--merge needs the base as a whole: run `lorasure export RUN --merge` in one process.")
     score, space = settings.score or init.score, settings.space or init.space
     if score and space:
         check_pair(score, space)

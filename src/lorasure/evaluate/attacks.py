@@ -18,7 +18,7 @@ from ..data.examples import Row
 from ..data.load import encode_rows
 from ..data.pairing import sample
 from ..objective import learn, learn_steps
-from ..sites import all_sites, weight
+from ..sites import all_sites, set_weight, weight
 from ..train import fit
 from .collect import BLOCK, generate
 from .items import Generation, items
@@ -138,13 +138,10 @@ def _rounded(victim: Victim, functions: dict[Point, Callable[[Tensor], Tensor]])
     return _of_models(victim, {p: lambda f=f: quantised(victim.load(1.0), f) for p, f in functions.items()})
 
 
-@torch.no_grad()
 def quantised(model: Any, rounded: Callable[[Tensor], Tensor]) -> Any:
     """The model, in place, with every linear layer's weights rounded; embeddings and vocabulary projection stay."""
     for site in all_sites(model):
-        module = model.get_submodule(site.module)
-        stored = module.weight if site.parameter is None else getattr(module, site.parameter)[site.expert]
-        (stored.T if site.transposed else stored).copy_(rounded(weight(model, site)))
+        set_weight(model, site, rounded(weight(model, site)))
     return model
 
 

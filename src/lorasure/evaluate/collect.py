@@ -82,7 +82,7 @@ def _measured(subject: Subject, block: Sequence[Item], chosen: EvaluationSet) ->
     for item in block:
         sequences += [item.example, *([item.paraphrase] if _own_paraphrase(item) else []), *item.wrong]
     found, subject.token_budget = within_memory(
-        lambda tokens: answer_records(subject.model, sequences, tokens),
+        lambda tokens: answer_records(subject.model, sequences, tokens, moments=chosen.membership),
         subject.token_budget,
         [len(e) for e in sequences],
         "evaluate",

@@ -51,12 +51,13 @@ def load(settings: SuiteSettings) -> list[EvaluationSet]:
     files = {"forget": f"{split}_perturbed", **KEPT}
     generation = Generation(settings.new_tokens) if settings.generate else None
     return [
-        EvaluationSet(name, capped(_rows(settings.data or HUB, file), settings.max_rows), generation)
+        EvaluationSet(name, capped(rows_of(settings.data or HUB, file), settings.max_rows), generation)
         for name, file in files.items()
     ]
 
 
-def _rows(data: str, name: str) -> Sequence[Row]:
+def rows_of(data: str, name: str) -> Sequence[Row]:
+    """The rows of one of TOFU's files (`full`, `forget05`, `retain_perturbed`, ...), from a folder of them or the hub."""
     folder = Path(data).expanduser()
     return read_rows(str(folder / f"{name}.json") if folder.is_dir() else f"{data}:{name}").rows
 

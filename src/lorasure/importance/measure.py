@@ -150,8 +150,12 @@ def measure(
     if paper_code:
         sets = paper_moments(model, sites, forget, retain, probe, score=score, progress=progress)
         return Importance(score, probe, *sets, floor=EPSILON, about=about or {})
-    sets = (
-        moments(model, sites, forget, probe, token_budget=token_budget, progress=progress),
-        moments(model, sites, retain, probe, token_budget=token_budget, progress=progress),
-    )
+    options: dict[str, Any] = {"token_budget": token_budget, "progress": progress}
+    sets = (on_host(moments(model, sites, examples, probe, **options)) for examples in (forget, retain))
     return Importance(score, probe, *sets, about=about or {})
+
+
+def on_host(measured: SetMoments) -> SetMoments:
+    """The moments in the host's memory: the device has room for those of one set, not of two, in `full` space."""
+    cpu = torch.device("cpu")
+    return {site: {name: kept.to(cpu) for name, kept in factors.items()} for site, factors in measured.items()}

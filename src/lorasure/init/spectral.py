@@ -10,6 +10,9 @@ from ..importance.moments import wide
 # Measured on two cores: the exact SVD of a 512 x 512 matrix takes .06 s, of 1024 x 1024 .4 s, of 1536 x 1536 1.2 s.
 EXACT_UP_TO = 512
 OVERSAMPLING = 16
+# Squaring a matrix rounds away what is below 1e-8 of its largest singular value; at this share of it, the eigenvectors
+# of the square are good to 1e-8.
+FAINT = 1e-4
 # On a Gaussian matrix, the flattest spectrum there is (1536 x 1536, r = 8), 8 blocks lose 5e-4 of the top-r energy;
 # 8 power iterations that keep only the last block lose 2e-2, for the same number of products with the matrix.
 KRYLOV_STEPS = 8
@@ -50,14 +53,28 @@ def top_singular(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
     check_rank(matrix, rank)
     matrix = wide(matrix)
     width = (rank + OVERSAMPLING) * (KRYLOV_STEPS + 1)
-    if min(matrix.shape) <= max(EXACT_UP_TO, width):
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    if min(matrix.shape) > max(EXACT_UP_TO, width):
+        u, s, vt = _within(_krylov_basis(matrix, rank + OVERSAMPLING), matrix)
     else:
-        basis = _krylov_basis(matrix, rank + OVERSAMPLING)
-        u, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        u = basis @ u
+        u, s, vt = _by_gram_matrix(matrix, rank + OVERSAMPLING)
+        if s[rank - 1] <= FAINT * s[0]:
+            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     u, v = align_signs(u[:, :rank], vt[:rank].T)
     return u, s[:rank], v
+
+
+def _by_gram_matrix(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Top triplets by the eigenvectors of the smaller of M M^T and M^T M: half the time of an SVD."""
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vt = _by_gram_matrix(matrix.T, count)
+        return vt.T, s, u.T
+    return _within(torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -count:], matrix)
+
+
+def _within(basis: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The triplets of what is left of the matrix in the span of orthonormal columns (m, k)."""
+    u, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, s, vt
 
 
 def product_singular(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

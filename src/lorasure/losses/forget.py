@@ -53,10 +53,15 @@ def simnpo(answers: Answers, *, beta: float = 4.5, delta: float = 0.0) -> torch.
 
 def ihl(answers: Answers) -> torch.Tensor:
     """Inverted hinge loss, (count,): mean over tokens of 1 + p(target) - max of p over the other tokens, in [0, 2]."""
-    values, tokens = answers.logits.topk(2, dim=-1)
-    # The best other token is the first of the top two, or the second where the first is the target: no one-hot needed.
-    rival = torch.where(tokens[:, 0] == answers.targets, values[:, 1], values[:, 0])
-    return answers.mean(1 + answers.log_probs.exp() - (rival - answers.log_normaliser).exp())
+    return answers.mean(answers.per_token(_hinge))
+
+
+def _hinge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    # Two entries of log p are all that has a slope: no one-hot, no second softmax.
+    log_p = logits.log_softmax(-1)
+    rivals = log_p.detach().scatter(-1, targets[:, None], -math.inf).argmax(-1)
+    own, rival = log_p.gather(-1, torch.stack([targets, rivals], dim=-1)).exp().unbind(-1)
+    return 1 + own - rival
 
 
 def dpo(

@@ -15,20 +15,24 @@ def nll(answers: Answers) -> torch.Tensor:
     return answers.nll_mean
 
 
-def kl(answers: Answers, original_logits: torch.Tensor) -> torch.Tensor:
+def kl(answers: Answers, original_states: torch.Tensor) -> torch.Tensor:
     """KL(p_original || p) in nats, averaged over each example's answer tokens, (count,).
 
-    `original_logits` (tokens, vocab) are the original model's at the same tokens, in the same order: constants.
+    `original_states` (tokens, d) are the original model's at the same tokens, in the same order: constants, of which
+    the answers' projection makes logits.
     """
-    if original_logits.shape != answers.logits.shape:
-        expected, got = tuple(answers.logits.shape), tuple(original_logits.shape)
-        raise ValueError(f"expected original_logits (tokens, vocab) = {expected}, got {got}")
-    log_q = torch.log_softmax(original_logits.detach().to(answers.logits.dtype), dim=-1)
-    log_p = answers.logits - answers.log_normaliser[:, None]
-    q = log_q.exp()
-    # A token ruled out by the original (q = 0) adds 0, the limit of q log q, where 0 * -inf would give NaN.
-    terms = torch.where(q > 0, q * (log_q - log_p), 0)
-    return answers.mean(terms.sum(-1))
+    if original_states.shape != answers.states.shape:
+        expected, got = tuple(answers.states.shape), tuple(original_states.shape)
+        raise ValueError(f"expected original_states (tokens, d) = {expected}, got {got}")
+
+    def divergence(logits: torch.Tensor, _: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        log_p = logits.log_softmax(-1)
+        log_q = answers.logits_of(original.detach()).to(logits.dtype).log_softmax(-1)
+        q = log_q.exp()
+        # A token ruled out by the original (q = 0) adds 0, the limit of q log q, where 0 * -inf would give NaN.
+        return torch.where(q > 0, q * (log_q - log_p), 0).sum(-1)
+
+    return answers.mean(answers.per_token(divergence, original_states))
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from ..data.examples import IGNORED
+
+TokenFunction = Callable[..., torch.Tensor]
+
+ROWS = 256  # answer tokens at a time that have logits; fewer, and packing the projection's weight takes over
 
 
 def shift(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,44 +27,62 @@ def shift(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mask, labels[:, 1:][mask[:, :-1]]
 
 
+def _as_they_are(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
 @dataclass(frozen=True)
 class Answers:
-    """The answer tokens of `count` examples with the logits that predict them. Every loss takes this.
+    """The answer tokens of `count` examples with what predicts them. Every loss takes this.
 
-    `logits` (tokens, vocab) float32 (or float64), `targets` (tokens,) int64, `example` (tokens,) int64 in [0, count).
+    `states` (tokens, d): what `project` turns into logits (n, vocab), n tokens at a time; the logits themselves unless
+    it is given. It has no parameter that is trained. `targets` and `example` (tokens,) int64, the latter in [0, count).
     """
 
-    logits: torch.Tensor
+    states: torch.Tensor
     targets: torch.Tensor
     example: torch.Tensor
     count: int
+    project: Callable[[torch.Tensor], torch.Tensor] = _as_they_are
 
     def __post_init__(self) -> None:
-        tokens = tuple(self.logits.shape[:1])
-        if self.logits.ndim != 2 or tuple(self.targets.shape) != tokens or tuple(self.example.shape) != tokens:
+        tokens = tuple(self.states.shape[:1])
+        if self.states.ndim != 2 or tuple(self.targets.shape) != tokens or tuple(self.example.shape) != tokens:
             raise ValueError(
                 "expected logits (tokens, vocab), targets (tokens,) and example (tokens,), got "
-                f"{tuple(self.logits.shape)}, {tuple(self.targets.shape)} and {tuple(self.example.shape)}"
+                f"{tuple(self.states.shape)}, {tuple(self.targets.shape)} and {tuple(self.example.shape)}"
             )
         # A mean over no tokens is NaN and a sum is a silent zero: both would hide a broken row.
         empty = (self.lengths == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"example {empty[0]} of {self.count} has no answer token")
 
+    @property
+    def logits(self) -> torch.Tensor:
+        """All logits at once, (tokens, vocab): for few tokens. Losses take theirs in `per_token`."""
+        return self.logits_of(self.states)
+
+    def logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (n, vocab) of some states (n, d), float32 (or float64)."""
+        return _wide(self.project(states))
+
+    def per_token(self, function: TokenFunction, *columns: torch.Tensor) -> torch.Tensor:
+        """`function(logits, targets, *columns)` of all tokens, from ROWS of them at a time.
+
+        It must give one value per token, (n,), from what that token has in logits (n, vocab), targets (n,) and columns
+        (n, ...), which are constants. Without gradients it may give (n, ...).
+        """
+        return _PerToken.apply(self.states, self.logits_of, function, (self.targets, *columns))
+
     @cached_property
     def lengths(self) -> torch.Tensor:
         """Answer tokens per example, (count,), in the dtype of the logits."""
-        return self.total(torch.ones_like(self.example, dtype=self.logits.dtype))
-
-    @cached_property
-    def log_normaliser(self) -> torch.Tensor:
-        """log sum exp of each token's logits, (tokens,)."""
-        return torch.logsumexp(self.logits, dim=-1)
+        return self.total(torch.ones_like(self.example, dtype=_wide_dtype(self.states)))
 
     @cached_property
     def log_probs(self) -> torch.Tensor:
-        """Log-probability of each target in nats, (tokens,); never above 0, and no second (tokens, vocab) is made."""
-        return self.logits.gather(-1, self.targets[:, None]).squeeze(-1) - self.log_normaliser
+        """Log-probability of each target in nats, (tokens,); never above 0."""
+        return self.per_token(log_prob)
 
     @cached_property
     def nll_sum(self) -> torch.Tensor:
@@ -90,8 +113,56 @@ class Answers:
         cuts = torch.searchsorted(self.example, torch.tensor(bounds, device=self.example.device)).tolist()
         parts = zip(cuts, cuts[1:], bounds, sizes, strict=False)
         return [
-            Answers(self.logits[a:b], self.targets[a:b], self.example[a:b] - first, size) for a, b, first, size in parts
+            Answers(self.states[a:b], self.targets[a:b], self.example[a:b] - first, size, self.project)
+            for a, b, first, size in parts
         ]
+
+
+def log_prob(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability (n,) in nats of `targets` (n,) under `logits` (n, vocab)."""
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+class _PerToken(torch.autograd.Function):
+    """Values (tokens,) whose slopes with respect to the states are taken at once, while a chunk's logits are there.
+
+    So no more than a chunk of (tokens, vocab) is ever held, in neither direction, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        logits_of: TokenFunction,
+        function: TokenFunction,
+        columns: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        values, slopes = [], []
+        for part, *rest in zip(states.split(ROWS), *(column.split(ROWS) for column in columns), strict=True):
+            if not ctx.needs_input_grad[0]:
+                values.append(function(logits_of(part), *rest))
+                continue
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                value = function(logits_of(leaf), *rest)
+                slopes.append(torch.autograd.grad(value.sum(), leaf)[0])
+            values.append(value.detach())
+        ctx.save_for_backward(*slopes)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        slopes = torch.cat(ctx.saved_tensors)
+        return (gradients[0][:, None] * slopes).to(slopes.dtype), None, None, None
+
+
+def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: half-precision logits are raised here, once; every later sum is float32."""
+    return tensor.to(_wide_dtype(tensor))
 
 
 def answers(logits: torch.Tensor, labels: torch.Tensor) -> Answers:
@@ -103,11 +174,9 @@ def answers(logits: torch.Tensor, labels: torch.Tensor) -> Answers:
     return selected_answers(logits[shift(labels)[0]], labels)
 
 
-def selected_answers(logits: torch.Tensor, labels: torch.Tensor) -> Answers:
-    """Answers from `logits` (tokens, vocab) already taken at the positions that `shift(labels)` marks, `labels` (b, T).
-
-    Half-precision logits are raised to float32 here, once; every later sum is float32 (float64 logits stay float64).
-    """
+def selected_answers(
+    states: torch.Tensor, labels: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor] = _as_they_are
+) -> Answers:
+    """Answers from `states` (tokens, d) already taken at the positions that `shift(labels)` marks, `labels` (b, T)."""
     mask, targets = shift(labels)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return Answers(wide, targets, mask.nonzero(as_tuple=True)[0], len(labels))
+    return Answers(states, targets, mask.nonzero(as_tuple=True)[0], len(labels), project)

@@ -96,8 +96,11 @@ def _asked(run: Run) -> Pairs:
 
 def _done(run: Run) -> Pairs:
     s, export = run.summary["settings"], run.summary.get("export")
-    found = [("Start", f"{s['init']}, rank {s['rank']}, alpha {s['alpha']:g}, layers {s['targets']}")]
-    if run.steps:
+    if method := run.summary.get("method"):
+        found = [("Method", method["title"])]
+    else:
+        found = [("Start", f"{s['init']}, rank {s['rank']}, alpha {s['alpha']:g}, layers {s['targets']}")]
+    if run.steps and not method:
         against = f" against {s['retain_loss'] or 'its own retain loss'} x {s['lambda']:g}"
         length = f"{s['epochs']} epochs, {len(run.steps)} steps"
         found.append(("Training", f"{s['loss']}{against}, learning rate {s['lr']:g}, {length}"))

@@ -14,6 +14,7 @@ from .. import artifacts
 from ..errors import DataError, UsageError
 from ..evaluate.evaluation import ABOUT, SCORES, Evaluation, check_comparable, read_evaluation
 from ..evaluate.metrics import Score, forget_quality, truth_ratio_values
+from ..outcome import weights_of
 
 ATTACK = "attack.json"
 ATTACKS = "attacks.jsonl"
@@ -82,8 +83,8 @@ class Run:
 
     @property
     def adapter(self) -> str | None:
-        """sha256 of the adapter's weights."""
-        return self.files.get(f"{artifacts.ADAPTER}/adapter_model.safetensors")
+        """sha256 of the weights that it hands over: its adapter's, where there is one."""
+        return self.files.get(weights_of(self.files) or "")
 
     def role(self, about: Mapping[str, Any]) -> str | None:
         """What an evaluated model is to this run; None if it is another run's adapter."""

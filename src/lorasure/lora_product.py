@@ -1,0 +1,72 @@
+"""An adapted linear layer as one step of autograd. Pure tensors; `lora.py` puts it into layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+class LoraProduct(torch.autograd.Function):
+    """y + s (B A - B0 A0) x for x (..., in), factors A (r, in), B (out, r) and frozen tails A0, -B0 or None.
+
+    `base` is y (..., out), the frozen layer's output of x, or else the layer's own (weight, bias): then y is computed
+    here, and it and its gradient are added to in place. Both halves go through one pair of products in the factors'
+    dtype, whatever that of x and y. Kept for the backward pass are x, which the layers that read it share, and numbers
+    of the size of a factor or (tokens, 2 r); gradients are formed for A, B, x and y alone. Factors may have further
+    axes of length 1; their gradients are of the same shape.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        a0: Tensor | None,
+        b0: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        ctx.shapes, ctx.scaling, ctx.rank = (a.shape, b.shape), scaling, a.numel() // x.shape[-1]
+        a, b = a.view(ctx.rank, -1), b.view(-1, ctx.rank)
+        if a0 is not None and b0 is not None:
+            a, b = torch.cat([a, a0.view(a.shape)]), torch.cat([b, b0.view(b.shape)], dim=1)
+        inner = _rows(x).to(a.dtype) @ a.T
+        ctx.save_for_backward(x, inner, a, b, weight)
+        out = y.clone() if weight is None else linear(x, weight, bias)
+        return _add(out, inner, b.T, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, a, b, weight = ctx.saved_tensors
+        d = _rows(gradients[0]).to(b.dtype)
+        back = (d @ b).mul_(ctx.scaling)
+        to_x, to_y, _, _, to_a, to_b, *_ = ctx.needs_input_grad
+        d_x = d_a = d_b = None
+        if to_x:
+            d_x = torch.zeros_like(x) if weight is None else gradients[0] @ weight
+            d_x = _add(d_x, back, a, 1.0)
+        if to_a:
+            d_a = (back[:, : ctx.rank].T @ _rows(x).to(a.dtype)).view(ctx.shapes[0])
+        if to_b:  # few rows times many columns: several times as fast as many rows times few columns
+            d_b = (inner[:, : ctx.rank].T @ d).mul_(ctx.scaling).T.reshape(ctx.shapes[1])
+        return d_x, gradients[0] if to_y else None, None, None, d_a, d_b, None, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(tokens, features)"""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _add(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """total + scaling x left @ right, in place, rounded once to the total's dtype."""
+    if total.dtype == left.dtype:
+        _rows(total).addmm_(left, right, alpha=scaling)
+    else:
+        _rows(total).add_(left @ right, alpha=scaling)
+    return total
