@@ -13,6 +13,8 @@ STAGES = ["data", "importance", "init", "losses", "objective", "train", "evaluat
 SHELL = {
     "pipeline",
     "train_stage",
+    "fitting",
+    "plan",
     "stages",
     "workbench",
     "cli",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList
 from architectures import ARCHITECTURES, tiny_model
 from conftest import VOCAB, random_examples, tiny_llama
 from lorasure import artifacts, cli, evaluating, lora
-from lorasure.baselines.settings import SsdSettings, TaskArithmeticSettings, UldSettings
+from lorasure.baselines.settings import OTHERS
 from lorasure.baselines.ssd import dampened
 from lorasure.baselines.subtracted import AssistantLogits, Subtracted, first_layers
 from lorasure.baselines.table import BASELINES, run_baseline
@@ -26,7 +27,6 @@ from lorasure.finetune import trainable
 from lorasure.forward import answer_logits
 from lorasure.losses.tokens import answers
 
-KINDS = {"ssd": SsdSettings, "task-arithmetic": TaskArithmeticSettings, "uld": UldSettings}
 SHORT = {"epochs": 2, "rank": 2, "lr": 1e-2}
 
 
@@ -39,7 +39,7 @@ def run(model_folder, data_files, tmp_path):
         common = {"model": str(model_folder), "forget": forget, "retain": retain, "out": str(tmp_path / name)}
         if name != "ssd":
             common |= SHORT
-        return run_baseline(name, KINDS[name](**common | options))
+        return run_baseline(name, OTHERS[name][1](**common | options))
 
     return make
 
@@ -257,12 +257,21 @@ def test_uld_forgets_and_is_evaluated_like_any_model(run, model_folder):
     fell = {name: after[name]["value"] / before[name]["value"] for name in ("forget", "retain")}
     assert fell["forget"] < fell["retain"]
     steps = (result.folder / "train.jsonl").read_text().splitlines()
-    assert len(steps) == 30 and {"forget", "retain"} < artifacts.json.loads(steps[0]).keys()
+    first, last = (json.loads(step) for step in (steps[0], steps[-1]))
+    assert len(steps) == 30 and last["forget"] < first["forget"] and math.log(VOCAB) <= last["retain"]
     out = f"{result.folder}-after"
     given = EvaluateSettings(model=str(model_folder), adapter=str(result.folder), out=out, new_tokens=4)
     scores = evaluating.evaluate_model(given)
     assert scores["forget_probability"].value == pytest.approx(after["forget"]["value"])
     assert scores["forget_rouge"].value is not None
+
+
+def test_lambda_keeps_the_assistant_uniform_on_what_must_stay(run, tmp_path):
+    losses = []
+    for weight in (0.0, 5.0):
+        result = run("uld", epochs=10, lambda_=weight, out=str(tmp_path / f"lambda-{weight}"))
+        losses.append(json.loads((result.folder / "train.jsonl").read_text().splitlines()[-1])["retain"])
+    assert math.log(VOCAB) <= losses[1] < losses[0]
 
 
 def test_uld_names_a_wrong_number_of_layers(run):
@@ -331,5 +340,5 @@ def test_command_line(name, model_folder, data_files, tmp_path, capsys):
     short = ["--selection", "1"] if name == "ssd" else ["--epochs", "1", "--rank", "2"]
     assert cli.main([name, *given, *short, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert str(tmp_path / "run") in said and "Try" in said or "forgotten" in said
+    assert str(tmp_path / "run") in said and "The forget set is" in said
     assert cli.main([name, *given, *short, "--quantize", "nf4", "--out", str(tmp_path / "other")]) == 2

@@ -144,10 +144,10 @@ def test_out_of_memory_makes_smaller_batches_and_the_same_records(
     expected = collect(subject, chosen)
     forward, generate = collecting.answer_records, collecting.generate
 
-    def measures(model: object, examples: list, token_budget: int) -> list:
+    def measures(model: object, examples: list, token_budget: int, **options: bool) -> list:
         if token_budget > 60:
             raise torch.OutOfMemoryError
-        return forward(model, examples, token_budget)
+        return forward(model, examples, token_budget, **options)
 
     def generates(subject: Subject, prompts: list, generation: Generation) -> list:
         if len(prompts) > 2:

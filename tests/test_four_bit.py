@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from conftest import tiny_llama
 from lorasure import artifacts, evaluating, finetune, models, pipeline, train
 from lorasure.config import FinetuneSettings, ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError

@@ -394,3 +394,16 @@ def test_wrong_inputs_are_named():
         balanced(rows(weight, d, RANK), 0)
     with pytest.raises(UsageError, match=r"balance must be in \[0, 1\], got 2"):
         contrast_directions(moments(1), moments(2), RANK, balance=2)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+@pytest.mark.parametrize("decades", [3, 14])
+def test_singular_triplets_are_exact_over_many_orders_of_magnitude(decades, shape):
+    """Ten values spread over so many decades: squaring the matrix would lose those below 1e-8 of the largest."""
+    u, v = (torch.linalg.qr(random(n, 10, seed=n)).Q for n in shape)
+    strengths = torch.logspace(0, -decades, 10, dtype=torch.float64)
+    found_u, s, found_v = top_singular(u * strengths @ v.T, 8)
+    torch.testing.assert_close(s, strengths[:8], rtol=1e-3 if decades == 14 else 1e-10, atol=0)
+    for true, found in ((u, found_u), (v, found_v)):
+        assert float((true[:, :8] * found).sum(0).abs().min()) > 0.99
+    torch.testing.assert_close(found_u.T @ found_u, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-10)

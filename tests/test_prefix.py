@@ -244,11 +244,17 @@ def test_states_that_would_take_too_much_memory_are_not_kept(monkeypatch):
 @pytest.fixture
 def settings(model_folder, data_files, tmp_path):
     """Settings of a short run with the upper of two layers adapted."""
-    common = {"model": str(model_folder), "forget": str(data_files[0]), "retain": str(data_files[1]), "rank": 2}
+    common: dict[str, Any] = {
+        "model": str(model_folder),
+        "forget": str(data_files[0]),
+        "retain": str(data_files[1]),
+        "rank": 2,
+    }
     common |= {"targets": "layers.1.*", "epochs": 2, "batch_size": 2, "lr": 1e-2, "loss": "npo", "retain_loss": "kl"}
 
     def make(out="run", **options):
-        return ForgetSettings(**common | {"out": str(tmp_path / out)} | options)
+        given: dict[str, Any] = common | {"out": str(tmp_path / out)} | options
+        return ForgetSettings(**given)
 
     return make
 

@@ -123,6 +123,12 @@ COMMANDS = {
     "export": (0, lambda given, out, run: ["export", out, "--merge"]),
     "verify": (0, lambda given, out, run: ["verify", out]),
     "purge": (0, lambda given, out, run: ["purge", out]),
+    "ssd": (0, lambda given, out, run: ["ssd", *flags(given), "--selection", "1", "--out", f"{out}-ssd"]),
+    "uld": (0, lambda given, out, run: ["uld", *flags(given), *SMALL, "--out", f"{out}-uld"]),
+    "task-arithmetic": (
+        0,
+        lambda given, out, run: ["task-arithmetic", *flags(given), *SMALL, "--out", f"{out}-task"],
+    ),
     "dpo": (0, lambda given, out, run: ["forget", *flags(given), *SMALL, "--loss", "dpo", "--out", f"{out}2"]),
     "finetune": (
         0,

@@ -136,6 +136,10 @@ def test_cells_are_run_once_and_compared_with_a_model_that_never_saw_the_rows(mi
         monkeypatch.setattr(reproduce, name, never)
     monkeypatch.setattr(targets, "finetune", never)
     assert reproduce.reproduce("tofu-main", mini()) == (recipe, lines)
+    with pytest.raises(UsageError, match="ihl-lora-forget01 was made with epochs 1, not 2; choose another --out"):
+        reproduce.reproduce("tofu-main", mini(epochs=2))
+    with pytest.raises(UsageError, match="retrained-forget01 was made with generate False, not True"):
+        reproduce.reproduce("tofu-main", mini(generate=True))
 
 
 def test_what_an_interruption_leaves_is_gone_on_with(mini, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -70,8 +71,10 @@ def test_random_parameters_depend_on_seed_method_and_number_alone(opened, tmp_pa
     assert {t.name: t.params for t in run_all(opened(seed=1))} != alone
 
 
-def test_many_workers_run_every_trial_exactly_once(opened):
+def test_many_workers_run_every_trial_exactly_once(opened, monkeypatch):
     opened(trials=6)
+    take = Study._take  # with a pause between seeing what is free and taking it, in which others could do the same
+    monkeypatch.setattr(Study, "_take", lambda *args: time.sleep(0.02) or take(*args))
     with ThreadPoolExecutor(6) as pool:
         ran = [t.name for part in pool.map(lambda _: run_all(opened(trials=6)), range(6)) for t in part]
     assert sorted(ran) == sorted(f"{method}-{i:04d}" for method in "ab" for i in range(6))
@@ -94,7 +97,9 @@ def test_a_trial_that_died_between_its_result_and_its_state_is_finished(opened, 
         patch.setattr(study.storage, "set_trial_state_values", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             study.finish(trial, DONE, 0.5)
-    assert opened(trials=1, methods=("a",)).finished
+    again = opened(trials=1, methods=("a",))
+    with again.next_trial() as left:
+        assert left is None and again.finished
 
 
 def test_a_torn_last_line_costs_what_it_said_and_nothing_else(opened, tmp_path):

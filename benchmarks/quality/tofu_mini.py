@@ -23,34 +23,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "tofu_mini.jsonl"
-SETS = {"retain": ("retain_perturbed", 200), "real_authors": ("real_authors_perturbed", None)}
-SETS |= {"world_facts": ("world_facts_perturbed", None)}
+SPLIT, LEFT = "forget05", "retain95"
 UTILITY_FLOOR = 0.95
 KNOWN = ("init", "loss", "lr", "seed")
 FIXED = {"epochs": 5, "batch-size": 16}
 
 
-def records(folder: str, shared: Path, adapter: Path | None = None):
+def place(shared: Path, folder: str):
+    """The models of `shared` and the rows that they know, written to `folder`."""
+    from lorasure.progress import Reporter
+    from lorasure.recipes.settings import ReproduceSettings
+    from lorasure.recipes.targets import Place
+
+    return Place("mini", Path(folder), ReproduceSettings(shared=str(shared)), Reporter(quiet=True))
+
+
+def records(model: str, where, adapter: Path | None = None):
     """Evaluation of all four sets under a model, without generation."""
-    import torch
-
-    from lorasure.config import ModelSettings
-    from lorasure.data.readers import read_rows
     from lorasure.evaluate.collect import collect
-    from lorasure.evaluate.items import EvaluationSet, Subject
     from lorasure.evaluate.evaluation import Evaluation
-    from lorasure.lora import load_adapter
-    from lorasure.models import load_model, load_tokenizer
+    from lorasure.evaluate.settings import SuiteSettings
+    from lorasure.evaluate.tofu import load
+    from lorasure.evaluating import load_subject
 
-    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-    if adapter:
-        model = load_adapter(model, adapter)
-    subject = Subject(model, load_tokenizer(folder), ModelSettings(model=folder), token_budget=2048)
-    found = {}
-    for name, (file, count) in {"forget": ("forget05_perturbed", None), **SETS}.items():
-        rows = read_rows(shared / "data" / "tofu" / f"{file}.json").rows[:count]
-        found[name] = collect(subject, EvaluationSet(name, rows))
-    return Evaluation(folder, {}, found)
+    options = {"adapter": adapter and str(adapter), "data": where.tofu, "split": SPLIT, "max_rows": 0}
+    settings = SuiteSettings(
+        model=model, generate=False, dtype="float32", device="cpu", tokens_per_batch=2048, **options
+    )
+    subject = load_subject(settings)
+    return Evaluation(model, {}, {chosen.name: collect(subject, chosen) for chosen in load(settings)})
 
 
 def scores(found, reference) -> dict:
@@ -63,16 +64,14 @@ def scores(found, reference) -> dict:
     return {name: score.to_json() for name, score in result.items()}
 
 
-def run(options: dict, shared: Path, reference) -> dict:
+def run(options: dict, where, reference) -> dict:
     """One `lorasure forget`, a process of its own, with its wall time and peak memory, then its scores."""
     from lorasure.artifacts import read_json
 
-    tofu, target = shared / "data" / "tofu", shared / "models" / "tofu-mini-target"
     with tempfile.TemporaryDirectory() as folder:
-        keep, out = Path(folder) / "keep.jsonl", Path(folder) / "run"
-        rows = (tofu / "full.json").read_text().splitlines()
-        keep.write_text("\n".join(rows[:400] + rows[3600:3800]) + "\n")
-        given = {"model": target, "forget": tofu / "forget05.json", "retain": keep, "out": out, **FIXED, **options}
+        out = Path(folder) / "run"
+        data = {"forget": where.rows(SPLIT), "retain": where.rows(LEFT)}
+        given = {"model": where.target(), **data, "out": out, **FIXED, **options}
         flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", "lorasure", "forget", *flags], stdout=subprocess.DEVNULL)
@@ -83,7 +82,7 @@ def run(options: dict, shared: Path, reference) -> dict:
         summary = read_json(out / "summary.json")
         return {
             "options": options,
-            "scores": scores(records(str(target), shared, out / "adapter"), reference),
+            "scores": scores(records(where.target(), where, out / "adapter"), reference),
             "command_seconds": round(seconds, 1),
             "command_peak_bytes": usage.ru_maxrss * 1024,
             "stage_seconds": summary["seconds"],
@@ -118,16 +117,23 @@ def main() -> int:
         print(f"skipped: {a.shared} does not hold models/tofu-mini-target and data/tofu")
         return 0
     a.results.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(*measured(a, place(a.shared, folder))))
+    return 0
+
+
+def measured(a: argparse.Namespace, where) -> tuple[list[dict], float]:
+    """All rows, those of earlier calls too, and the target's utility."""
     done = [json.loads(text) for text in a.results.read_text().splitlines()] if a.results.is_file() else []
-    reference = records(str(a.shared / "models" / "tofu-mini-retain95"), a.shared)
-    base = scores(records(str(a.shared / "models" / "tofu-mini-target"), a.shared), reference)
+    reference = records(where.retrained(SPLIT), where)
+    base = scores(records(where.target(), where), reference)
     target = base["utility"]["value"]
     print(f"target: utility {target:.3f}, log10 forget quality {base['forget_quality']['value']:.1f}")
 
     def finished(options: dict) -> dict:
         row = next((r for r in done if r["options"] == options), None)
         if row is None:
-            row = run(options, a.shared, reference)
+            row = run(options, where, reference)
             done.append(row)
             with a.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -141,8 +147,7 @@ def main() -> int:
         for seed in a.seeds if fit else []:
             best = max(fit, key=lambda r: r["scores"]["forget_quality"]["value"])
             finished({**best["options"], "seed": seed})
-    print(table(done, target))
-    return 0
+    return done, target
 
 
 def table(rows: list[dict], target: float) -> str:

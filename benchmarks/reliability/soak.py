@@ -62,10 +62,10 @@ def _past(deadline: float) -> bool:
 
 def make(folder: Path, rows: int | None) -> None:
     """Rows, no more than `rows` of each set, and a model with random weights."""
-    from lorasure.demo import make_data, make_model
+    from lorasure.demo import make_data, make_start
 
     make_data(folder, 0)
-    make_model(folder / "model", folder, 0)
+    make_start(folder, "model", 0)
     for path in folder.glob("*.jsonl"):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ours
 import theirs
 from clock import Timed, lasted
-from workload import EPOCHS, Setting, Workload, small_start, top_quarter
+from workload import EPOCHS, Setting, Workload, small_start, top_layer, top_quarter
 
 from lorasure.data.pairing import pairs
 from lorasure.sites import all_sites
@@ -17,7 +17,7 @@ from lorasure.sites import all_sites
 PARTS = {
     "importance": ("importance", "importance_full"),
     "init": ("init",),
-    "step": ("ihl", "npo", "ihl_quarter"),
+    "step": ("ihl", "npo", "ihl_quarter", "ihl_top"),
 }
 
 
@@ -58,12 +58,12 @@ def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> 
 
         return run
 
-    def our_epoch(loss: str, start) -> Timed:
+    def our_epoch(loss: str, start, *, observing: float = 1 / EPOCHS) -> Timed:
         def run() -> float:
             changed, order = fresh(), order_of(work, setting)
             kept = []
-            once = lasted(lambda: kept.append(ours.observed(changed, first, second, loss, setting)))
-            return once / EPOCHS + lasted(lambda: ours.train(changed, start, kept[0], order, setting))
+            once = lasted(lambda: kept.append(ours.observed(changed, start, first, second, loss, setting)))
+            return observing * once + lasted(lambda: ours.train(changed, start, kept[0], order, setting))
 
         return run
 
@@ -84,9 +84,12 @@ def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> 
             jobs = {"published": importance_of(pub, few, space="full"), "ours": our_importance("full")}
         elif name == "init":
             jobs = {"published": init_of(pub), "typical": init_of(typ), "ours": our_init()}
-        elif name == "ihl_quarter":
-            quarter = small_start(top_quarter(sites), setting)
-            jobs = {"typical": epoch_of(typ, work, "ihl", quarter), "ours": our_epoch("ihl", quarter)}
+        elif name in ("ihl_quarter", "ihl_top"):
+            upper = top_quarter(sites) if name == "ihl_quarter" else top_layer(sites)
+            some = small_start(upper, setting)
+            # `ours` is an epoch with the prefix cached; `filled` has a share of the pass that fills the cache besides.
+            jobs = {"typical": epoch_of(typ, work, "ihl", some), "ours": our_epoch("ihl", some, observing=0)}
+            jobs |= {"filled": our_epoch("ihl", some)}
         else:
             jobs = {"published": epoch_of(pub, few, name, start), "typical": epoch_of(typ, work, name, start)}
             jobs |= {"ours": our_epoch(name, start), "bare": bare}

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig, PreTrainedModel
@@ -30,7 +31,7 @@ from lorasure import lora
 from lorasure.config import OptimizerSettings
 from lorasure.data.examples import Example
 from lorasure.importance.collect import Probe, moments
-from lorasure.importance.measure import Importance
+from lorasure.importance.measure import Importance, measure
 from lorasure.init.apply import INITS, Evidence, Request, initialise
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
@@ -161,11 +162,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def that_fit(sites: Sequence[Site], device: torch.device) -> list[Site]:
-    """As many sites as two sets of three float32 maps leave room for, with a fifth of the memory kept free."""
-    room = 0.8 * torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**28
+    """As many sites as three float32 maps leave room for: of one set on the device, of both sets on the host."""
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**29
+    room = min(0.8 * free, 0.8 * psutil.virtual_memory().available / 2)
     kept, used = [], 0
     for site in sites:
-        used += site.size * 4 * 3 * 2
+        used += site.size * 4 * 3
         if used > room:
             break
         kept.append(site)
@@ -186,8 +188,7 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device) -> dic
 
     def importance(chosen: Sequence[Site], space: str, score: str) -> Importance:
         probe = Probe(space, RANK, SIGMA, ALPHA / RANK, 0)
-        forget, retain = (moments(model, chosen, part, probe, token_budget=a.tokens) for part in sets)
-        return Importance(score, probe, forget, retain)
+        return measure(model, chosen, *sets, score=score, probe=probe, token_budget=a.tokens)
 
     few = [part[:8] for part in sets]
     probe = Probe("lora", RANK, SIGMA, ALPHA / RANK, 0)
@@ -197,7 +198,7 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device) -> dic
     )
     stored = stored_bytes(found)
     request = Request(RANK, ALPHA / RANK)
-    evidence = lambda site: Evidence(found.weights(site))  # noqa: E731
+    evidence = lambda site: Evidence(found.weights(site, device))  # noqa: E731
     start, _ = stages.run("init", lambda: initialise(model, sites, INITS["vila"], evidence, request, None))
     if a.full:
         chosen = that_fit(sites, device)

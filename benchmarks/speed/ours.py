@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.losses.tokens import shift
 from lorasure.models import pick_token_budget
 from lorasure.objective import ForgetObjective
+from lorasure.prefix import find_prefix
 from lorasure.sites import Site
 from lorasure.train import fit
 
@@ -51,12 +52,18 @@ def initialise(
 
 
 def observed(
-    model: PreTrainedModel, forget: Sequence[Example], retain: Sequence[Example], loss: str, setting: Setting
+    model: PreTrainedModel,
+    sites: Iterable[Site],
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    loss: str,
+    setting: Setting,
 ) -> ForgetObjective:
     """The objective with what it needs of the original model: once per run, whatever the number of epochs."""
     settings = {"beta": setting.beta if loss == "npo" else None}
     function = bind(loss, FORGET_LOSSES[loss].function, settings)
     objective = ForgetObjective(forget, retain, (), function, RETAIN_LOSSES["nll"].function)
+    objective.prefix = find_prefix(model, sites, [*forget, *retain], BUDGET, print)
     objective.observe_original(model, range(len(retain)), BUDGET)
     return objective
 

@@ -30,6 +30,10 @@ def _ratio(part: str, method: str) -> Callable[[Results], float]:
     return lambda r: r["parts"][part]["ratios"][method]["median"]
 
 
+def _filled(part: str) -> Callable[[Results], float]:
+    return lambda r: _ratio(part, "typical")(r) / _ratio(part, "filled")(r)
+
+
 def _over_bare(part: str) -> Callable[[Results], float]:
     return lambda r: 1 / r["parts"][part]["ratios"]["bare"]["median"]
 
@@ -61,7 +65,10 @@ BARS = [
     Bar("training epoch, IHL", "typical", 1.5, _ratio("ihl", "typical")),
     Bar("training epoch, NPO", "published", 10, _ratio("npo", "published")),
     Bar("training epoch, NPO", "typical", 1.6, _ratio("npo", "typical")),
-    Bar("training epoch, IHL, the top quarter of the layers", "typical", 3, _ratio("ihl_quarter", "typical")),
+    Bar("training epoch, IHL, top quarter of the sites", "typical", 3, _ratio("ihl_quarter", "typical")),
+    Bar("the same with a fifth of the pass that fills the cache", "typical", None, _filled("ihl_quarter")),
+    Bar("training epoch, IHL, the top layer", "typical", 3, _ratio("ihl_top", "typical")),
+    Bar("the same with a fifth of the pass for the cache", "typical", None, _filled("ihl_top")),
     Bar("whole run, NPO and VILA", "published", 18, lambda r: r["run"]["ratios"]["published"]),
     Bar("whole run, NPO and VILA", "typical", 1.5, lambda r: r["run"]["ratios"]["typical"]),
     Bar("peak memory above the weights, NPO", "published", 1 / 4, _memory("published"), most=True),

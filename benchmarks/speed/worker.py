@@ -61,7 +61,7 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
     loss = spec["loss"]
 
     def ours_run() -> None:
-        objective = ours.observed(model, *work.examples, loss, setting)
+        objective = ours.observed(model, start, *work.examples, loss, setting)
         budget = spec.get("rows_per_pass", 0) * work.tokens // work.count or ours.BUDGET
         ours.train(model, start, objective, order, setting, budget=budget)
 
@@ -101,7 +101,7 @@ def growth(spec: dict[str, Any]) -> dict[str, Any]:
     took: list[float] = []
     peak = peak_above(lambda: took.append(lasted(lambda: ours.importance(model, sites, forget, retain, setting))))
     found["importance"] = {"seconds_per_token": took[0] / tokens, "peak_bytes": peak}
-    objective = ours.observed(model, forget, retain, "ihl", setting)
+    objective = ours.observed(model, sites, forget, retain, "ihl", setting)
     order = [(i, i) for i in range(spec["rows"])]
     start = small_start(sites, setting)
     peak = peak_above(lambda: took.append(lasted(lambda: ours.train(model, start, objective, order, setting))))

@@ -89,10 +89,10 @@ def find_workload(shared: Path, scratch: Path) -> Workload:
     if target.is_dir() and tofu.is_dir():
         kept = read_rows(tofu / "full.json").rows[:400:2]
         return _workload("small TOFU target, forget05", target, read_rows(tofu / "forget05.json").rows, kept)
-    from lorasure.demo import make_data, make_model
+    from lorasure.demo import make_data, make_start
 
     make_data(scratch, 0)
-    make_model(scratch / "model", scratch, 0)
+    make_start(scratch, "model", 0)
     forget, retain = (read_rows(scratch / f"{name}.jsonl").rows for name in ("forget", "retain"))
     return _workload("the demo's people, random weights", scratch / "model", forget, retain[: len(forget)])
 
@@ -132,6 +132,12 @@ def random_examples(count: int, length: int, vocabulary: int, seed: int) -> list
 def top_quarter(sites: Sequence[Site]) -> list[Site]:
     """The quarter of the sites that is nearest to the output."""
     return list(sites[-max(1, len(sites) // 4) :])
+
+
+def top_layer(sites: Sequence[Site]) -> list[Site]:
+    """The sites of the last decoder layer."""
+    layer = sites[-1].module.rsplit(".", 2)[0]
+    return [site for site in sites if site.module.startswith(f"{layer}.")]
 
 
 def small_start(sites: Sequence[Site], setting: Setting) -> dict[Site, Factors]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, config
-from .baselines.settings import SsdSettings, TaskArithmeticSettings, UldSettings
+from .baselines.settings import OTHERS
 from .config import Settings
 from .errors import UsageError, escaped, one_line
 from .evaluate.settings import AttackSettings, EvaluateSettings, ProbeSettings, ScoreSettings, SequenceSettings
@@ -202,31 +202,13 @@ COMMANDS: dict[str, Command] = {
     "init": Command("stage 2: put those into the start of an adapter", config.ForgetSettings, _init, "RUN", stage=True),
     "train": Command("stage 3: train the adapter to forget", config.ForgetSettings, _train, "RUN", stage=True),
     "export": Command("stage 4: check and write the adapter", config.ForgetSettings, _export, "RUN", stage=True),
-    "ssd": Command(
-        "baseline: dampen the weights that matter to the forget set alone", SsdSettings, partial(_baseline, "ssd")
-    ),
-    "task-arithmetic": Command(
-        "baseline: learn the forget set, then subtract what was learnt",
-        TaskArithmeticSettings,
-        partial(_baseline, "task-arithmetic"),
-    ),
-    "uld": Command(
-        "baseline: subtract the logits of an assistant that knows the forget set only",
-        UldSettings,
-        partial(_baseline, "uld"),
-    ),
-    "search": Command(
-        "the same number of trials for every method, then the best of each", SearchSettings, _search, "SPEC.yaml"
-    ),
-    "reproduce": Command(
-        "a table of a paper: run its cells, published figures beside ours", ReproduceSettings, _reproduce, "RECIPE"
-    ),
+    **{name: Command(title, kind, partial(_baseline, name)) for name, (title, kind) in OTHERS.items()},
+    "search": Command("as many trials for every method, then the best of each", SearchSettings, _search, "SPEC.yaml"),
+    "reproduce": Command("a table of the paper, published beside ours", ReproduceSettings, _reproduce, "RECIPE"),
     "finetune": Command("make a target or a retrained reference from rows", config.FinetuneSettings, _finetune),
     "probe": Command("before anything is forgotten: does the model know the text?", ProbeSettings, _probe),
     "evaluate": Command("measure a model on a suite: records, then scores", EvaluateSettings, _evaluate),
-    "score": Command(
-        "scores from records or from another program's log, without a model", ScoreSettings, _score, "DIR"
-    ),
+    "score": Command("scores from records or another program's log, without a model", ScoreSettings, _score, "DIR"),
     "sequence": Command(
         "apply requests one after another, measure all after each", SequenceSettings, _sequence, "REQUEST ..."
     ),

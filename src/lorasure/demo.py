@@ -45,8 +45,7 @@ def demo(settings: DemoSettings, reporter: Reporter | None = None) -> dict[str, 
     out = Path(settings.out)
     with folders.new_folder(out, settings.overwrite) as folder:
         make_data(folder, settings.seed)
-        rows = read_rows(folder / "all.jsonl").rows
-        make_model(folder / "start", (f"{row.prompt} {row.answer}" for row in rows), SIZE, settings.seed)
+        make_start(folder, "start", settings.seed)
     for name, data in (("target", "all"), ("retrained", "kept")):
         reporter.note(f"Training the {name} model on {data}.jsonl.")
         options = {"model": f"{out}/start", "data": f"{out}/{data}.jsonl", "out": f"{out}/{name}"}
@@ -69,6 +68,12 @@ def make_data(folder: Path, seed: int) -> None:
     sets = {"all": gone + stay + world, "kept": stay + world, "forget": gone, "retain": stay, "world": world}
     for name, rows in sets.items():
         artifacts.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_start(folder: Path, name: str, seed: int) -> None:
+    """A model with random weights in `folder / name`, and a tokenizer for the data that is in `folder`."""
+    rows = read_rows(folder / "all.jsonl").rows
+    make_model(folder / name, (f"{row.prompt} {row.answer}" for row in rows), SIZE, seed)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ The formulas and what they were compared with are in docs/scaling.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .data.examples import micro_batches
 from .importance.collect import FULL_CHUNK, Probe
@@ -62,12 +61,6 @@ class Shapes:
         return self.width * sum(sizes) + FLOAT * NORMS * self.layers * self.hidden
 
 
-def without_weights(folder: Path) -> PreTrainedModel:
-    """A model as its configuration describes it, on the meta device: no weight is read or made."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
-
-
 @dataclass(frozen=True)
 class Rows:
     """Lengths of what goes through the model together, and the answer tokens in each."""
@@ -97,8 +90,8 @@ class Footprint:
     """All that the memory of a run depends on; `parts` says how much that is.
 
     `importance`: gradient moments are measured. `directions`: second moments of `outputs` or `inputs` are, or empty.
-    `factors` is 2 for a start with a frozen second half, else 1. `steps`: the rows of every step. `kept`: bytes of
-    states of the original model that training looks up.
+    `factors` is 2 for a start with a frozen second half, else 1. `steps`: the rows of every step. `shares`:
+    processes that share out the weights of the layers. `kept`: bytes of states of the original model.
     """
 
     shapes: Shapes
@@ -114,13 +107,15 @@ class Footprint:
     gradient_checkpointing: bool
     four_bit: bool
     on_cpu: bool
+    shares: int
     kept: int
 
     @property
     def weights(self) -> int:
-        """Bytes of the base."""
+        """Bytes of the base that one process keeps."""
         width = self.shapes.width
-        return round(self.shapes.linear * (FOUR_BIT if self.four_bit else width) + self.shapes.other * width)
+        linear = self.shapes.linear * (FOUR_BIT if self.four_bit else width) / self.shares
+        return round(linear + self.shapes.other * width)
 
     @property
     def moments(self) -> int:
@@ -158,7 +153,8 @@ class Footprint:
         stages = {"init": self._init(), "train": self._train(), "export": {}}
         if self.importance:
             stages = {"importance": self._importance()} | stages
-        found = [Part("load", "host", "base weights", self.weights)]  # read there, then moved
+        whole = replace(self, shares=1).weights
+        found = [Part("load", "host", "base weights", whole)]  # read there, then moved
         for stage, needs in stages.items():
             for (place, name), size in ({("device", "base weights"): self.weights} | needs).items():
                 heap = HEAP if self.on_cpu and name in ("activations", "logits") else 1

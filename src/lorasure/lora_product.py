@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 class LoraProduct(torch.autograd.Function):
     """y + s (B A - B0 A0) x for x (..., in), factors A (r, in), B (out, r) and frozen tails A0, -B0 or None.
 
-    `base` is y (..., out), the frozen layer's output of x, or else the layer's own (weight, bias): then y is computed
+    y (..., out) is the frozen layer's output of x; None where `weight` (out, in) and `bias` are given: it is then made
     here, and it and its gradient are added to in place. Both halves go through one pair of products in the factors'
     dtype, whatever that of x and y. Kept for the backward pass are x, which the layers that read it share, and numbers
     of the size of a factor or (tokens, 2 r); gradients are formed for A, B, x and y alone. Factors may have further
@@ -32,17 +32,21 @@ class LoraProduct(torch.autograd.Function):
         b0: Tensor | None,
         scaling: float,
     ) -> Tensor:
+        """The adapted layer's output (..., out), in the base's dtype."""
         ctx.shapes, ctx.scaling, ctx.rank = (a.shape, b.shape), scaling, a.numel() // x.shape[-1]
         a, b = a.view(ctx.rank, -1), b.view(-1, ctx.rank)
         if a0 is not None and b0 is not None:
             a, b = torch.cat([a, a0.view(a.shape)]), torch.cat([b, b0.view(b.shape)], dim=1)
         inner = _rows(x).to(a.dtype) @ a.T
         ctx.save_for_backward(x, inner, a, b, weight)
-        out = y.clone() if weight is None else linear(x, weight, bias)
-        return _add(out, inner, b.T, scaling)
+        if y is None:
+            assert weight is not None
+            return _add(linear(x, weight, bias), inner, b.T, scaling)
+        return _add(y.clone(), inner, b.T, scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, y, A and B, from that of the output."""
         x, inner, a, b, weight = ctx.saved_tensors
         d = _rows(gradients[0]).to(b.dtype)
         back = (d @ b).mul_(ctx.scaling)

@@ -21,7 +21,7 @@ from .config import (
     flag,
 )
 from .errors import DataError, UsageError
-from .plan import fit_memory
+from .fitting import fit_memory
 from .progress import Reporter
 from .stages import (
     Start,
@@ -139,8 +139,9 @@ def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tu
         out = Path(own.out)
         folders.check_new(out, own.overwrite, own.resume)
         bench = Workbench(own, reporter)
-        fit_memory(bench)
-        bench.prepare()
+        with bench.reporter.held():
+            fit_memory(bench)
+            bench.prepare()
         with _resumable(bench, out) as run:
             yield bench, run
 

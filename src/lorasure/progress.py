@@ -63,6 +63,9 @@ class Reporter:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Print the lines of the block only when it ends well, so that an error in it stands alone."""
+        if self.waiting is not None:  # within another block, which decides
+            yield
+            return
         self.waiting = []
         try:
             yield

@@ -49,3 +49,10 @@ class UldSettings(OutSettings, OptimizerSettings, AdapterSettings, SiteSettings,
     weight: float = option(0.8, "the assistant's logits are subtracted this many times", low=0)
     lambda_: float = option(1.0, "weight of being uniform on the retain rows", low=0)
     lr: float = option(1e-3, "learning rate", above=0)
+
+
+OTHERS: dict[str, tuple[str, type[OutSettings]]] = {  # command -> what it does, its settings
+    "ssd": ("to compare with: dampen the weights that matter to the forget set alone", SsdSettings),
+    "task-arithmetic": ("to compare with: learn the forget set, then subtract what was learnt", TaskArithmeticSettings),
+    "uld": ("to compare with: subtract the logits of an assistant that knows the forget set", UldSettings),
+}

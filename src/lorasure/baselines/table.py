@@ -74,7 +74,7 @@ def run_baseline(name: str, settings: OutSettings, reporter: Reporter | None = N
     bench = Workbench(_shared(settings, row.fixed), reporter)
     bench.prepare()
     rows = {name: part.about()["sha256"] for name, part in zip(("forget", "retain"), bench.data, strict=True)}
-    own = {"baseline": name} | identity(settings, rows, bench.fingerprint["files"])
+    own = identity(settings, rows, bench.fingerprint["files"])
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": bench.reporter.note}
     with folders.resumable_folder(out, own, allow_change=allowed_changes(settings), **options) as run:
         write_inputs(bench, run, settings)

@@ -73,8 +73,9 @@ def per_example(probe: Probe, factors: dict[str, Tensor], x: Tensor, d: Tensor) 
         for start in range(0, len(x), step):
             yield {"W": d[start : start + step].mT @ x[start : start + step]}
         return
-    left = d.mT @ (x @ factors["A"].T)
-    right = (d @ factors["B"]).mT @ x
+    # Always k rows times many columns: several times as fast as many rows times k columns.
+    left = ((x @ factors["A"].T).mT @ d).mT
+    right = (factors["B"].T @ d.flatten(0, 1).T).unflatten(1, d.shape[:2]).transpose(0, 1) @ x
     if probe.space == "lora":
         yield {"B": probe.scaling * left, "A": probe.scaling * right}
     else:

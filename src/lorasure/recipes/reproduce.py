@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts, folders
-from ..config import ForgetSettings
-from ..errors import NumericError
+from ..config import ForgetSettings, Settings
+from ..errors import NumericError, UsageError
 from ..evaluate.evaluation import ABOUT, SCORES
 from ..evaluate.settings import EvaluateSettings
 from ..evaluating import evaluate_model
-from ..pipeline import forget
+from ..pipeline import ANY_TIME, forget
 from ..progress import Reporter
 from .recipe import Cell, Published, Recipe, read_recipe
 from .settings import ReproduceSettings
@@ -102,32 +102,23 @@ class _Bench:
         )
 
     def _forgotten(self, run: Path, cell: Cell) -> None:
-        if (run / artifacts.MANIFEST).is_file():
-            return
-        self.reporter.note(f"{cell.name}:")
-        data = {}
+        s, data = self.settings, {}
         if cell.split in LEFT:
             data = {"forget": self.place.rows(cell.split), "retain": self.place.rows(LEFT[cell.split])}
-        own = {
-            "model": self.place.target(),
-            "out": str(run),
-            "seed": self.settings.seed,
-            "device": self.settings.device,
-        }
-        chosen = {**self.place.row.settings, **data, **cell.settings, **own}
-        if self.settings.epochs:
-            chosen["epochs"] = self.settings.epochs
-        forget(
-            ForgetSettings.from_dict(chosen | {"resume": folders.holds_progress(folders.partial_of(run))}),
-            self.reporter,
-        )
+        own = {"model": self.place.target(), "out": str(run), "seed": s.seed, "device": s.device}
+        own |= {"epochs": s.epochs} if s.epochs else {}
+        resume = {"resume": folders.holds_progress(folders.partial_of(run))}
+        settings = ForgetSettings.from_dict({**self.place.row.settings, **data, **cell.settings, **own, **resume})
+        if (run / artifacts.MANIFEST).is_file():
+            artifacts.check_run(run, artifacts.CONFIG)
+            _check_same(run, artifacts.read_yaml(run / artifacts.CONFIG), settings)
+            return
+        self.reporter.note(f"{cell.name}:")
+        forget(settings, self.reporter)
 
     def _evaluated(self, out: Path, split: str | None, model: str, adapter: str | None = None) -> Path:
         """The evaluation folder of a model, made if it is not there; that of a retrained one is the reference."""
-        if (out / artifacts.MANIFEST).is_file():
-            return out
         suite, s = self.recipe.suite, self.settings
-        reference = None if out.name.startswith("retrained") else self._reference(split)
         settings = EvaluateSettings(
             **self.place.row.settings,
             model=model,
@@ -137,13 +128,17 @@ class _Bench:
             data=self.place.tofu if suite == "tofu" else None,
             max_rows=self.place.row.rows,
             generate=s.generate or suite != "tofu",
-            reference=reference,
+            reference=None if out.name.startswith("retrained") else self._reference(split),
             device=s.device,
             seed=s.seed,
             out=str(out),
             resume=folders.holds_progress(folders.partial_of(out)),
         )
-        evaluate_model(settings, self.reporter)
+        if (out / artifacts.MANIFEST).is_file():
+            artifacts.check_run(out, ABOUT)
+            _check_same(out, artifacts.read_json(out / ABOUT)["settings"], settings)
+        else:
+            evaluate_model(settings, self.reporter)
         return out
 
     def _reference(self, split: str | None) -> str | None:
@@ -156,6 +151,13 @@ class _Bench:
         artifacts.check_run(evaluation, SCORES)
         scores = artifacts.read_json(evaluation / SCORES)
         return {name: MEASURES.get(name, _of_evaluation(name))(scores, run) for name in self.recipe.scores}
+
+
+def _check_same(folder: Path, stored: Mapping[str, Any], wanted: Settings) -> None:
+    """UsageError unless what is kept was made with the settings that are wanted now."""
+    for name, value in wanted.located().items():
+        if name not in ANY_TIME and stored.get(name) != value:
+            raise UsageError(f"{folder} was made with {name} {stored.get(name)}, not {value}; choose another --out.")
 
 
 def _is_model(name: str) -> bool:

@@ -14,9 +14,10 @@ import torch
 
 from .. import artifacts, folders
 from ..data.load import rows_hash
-from ..errors import KEPT, LorasureError, UsageError
+from ..errors import KEPT, UsageError, one_line
 from ..evaluate.evaluation import check_comparable
 from ..evaluate.logs import open_evaluation
+from ..failures import explained
 from ..interrupt import sigterm_unwinds
 from ..lock import PAUSE, queued
 from ..model_files import check_model_folder
@@ -176,5 +177,5 @@ def _helper(spec_path: Path, folder: Path, number: int, workers: int) -> None:
             work(Study(folder, spec), runner, reporter)
     except KeyboardInterrupt:
         pass
-    except LorasureError as error:
-        reporter.note(f"worker {number + 1}: {error}")
+    except Exception as error:  # in the words that the first worker's would have; a traceback may quote rows
+        reporter.note(f"worker {number + 1}: {one_line(explained(error)[0])}")

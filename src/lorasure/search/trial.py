@@ -26,10 +26,13 @@ from .spec import Spec
 from .study import LOCKS, STOPPED, Trial
 
 IMPORTANCE = "importance"
+# Utility dips while the learning rate is at its highest and mostly comes back, so that on the way this many times what
+# may be lost in the end may be.
+DIP = 2
 
 
 class Broken(Exception):
-    """A trial keeps only `share` of the utility, less than the floor: it is over."""
+    """A trial keeps only `share` of the utility, too little to come back above the floor: it is over."""
 
     def __init__(self, step: int, share: float) -> None:
         super().__init__(f"utility {share:.3f} of the original's after step {step}")
@@ -38,14 +41,16 @@ class Broken(Exception):
 
 @dataclass
 class Floor(Utility):
-    """Raises Broken after an epoch that leaves less than the floor; the `last` step is left to the full evaluation."""
+    """Raises Broken after an epoch that loses too much (DIP); the `last` step is left to the full evaluation."""
 
     last: int = 0
 
     def take(self, step: int) -> bool:
         """Measure at a step. No state is set aside: what a trial ends with is what `forget` would hand over."""
-        if not super().take(step) and step < self.last:
-            raise Broken(step, float(self.shares[-1][1]))
+        super().take(step)
+        share = float(self.shares[-1][1])
+        if 1 - share > DIP * (1 - self.floor) and step < self.last:
+            raise Broken(step, share)
         return False
 
     @property

@@ -1,0 +1,135 @@
+"""Whether a run fits into memory, from shapes of the model and lengths of the rows, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from . import processes
+from .data.examples import Example
+from .errors import ResourceError
+from .footprint import Footprint, Rows, Shapes, peak
+from .init.apply import plain
+from .models import load_shapes
+from .objective import Unit, forget_steps
+from .prefix import ROOM, decoder_layers, lowest_layer
+from .workbench import Workbench
+
+GIB = 2**30
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+
+
+def footprint(bench: Workbench) -> Footprint:
+    """What the memory of a run depends on, from its data and the model's configuration."""
+    s, init = bench.settings, bench.init
+    model = load_shapes(s.model, s.revision, s.allow_pickle)
+    sites = bench.sites_of(model)
+    shapes = Shapes.of(model, sites, bench.dtype)
+    steps = list(epoch_steps(bench))
+    rows = [_rows(max(unit.sequences, key=len) for unit in step for _ in unit.sequences) for step in steps]
+    measured = [*bench.data[0].examples, *bench.measured_retain]
+    quantised = getattr(model.config, "quantization_config", None)
+    four_bit = bool(s.quantize or (quantised and quantised.get("load_in_4bit")))
+    found = Footprint(
+        shapes,
+        _rows(measured),
+        rows,
+        bench.token_budget,
+        s.rank,
+        1 if init.function is plain else 2,
+        bench.probe,
+        bench.measures_importance,
+        init.evidence if init.evidence in ("outputs", "inputs") else "",
+        s.coverage,
+        s.gradient_checkpointing,
+        four_bit,
+        bench.device.type == "cpu",
+        processes.size() if processes.sharded() else 1,
+        0,
+    )
+    kept, used = 0, {unit.sequences[0] for step in steps for unit in step if unit.term == "retain"}
+    if s.epochs > 1 and (s.coverage < 1 or lowest_layer(decoder_layers(model), model, sites)):
+        tokens = sum(map(len, {e for step in steps for unit in step for e in unit.sequences}))
+        states = tokens * shapes.hidden * shapes.width
+        kept += states if states <= max(ROOM, found.weights) else 0
+    if bench.objective().uses_original_states:
+        kept += sum(e.answer_length for e in used) * shapes.hidden * shapes.width
+    return replace(found, kept=kept)
+
+
+def epoch_steps(bench: Workbench) -> Iterator[list[Unit]]:
+    """The steps of one epoch."""
+    s = bench.settings
+    return forget_steps(bench.objective(), epochs=1, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
+
+
+def _rows(examples: Iterable[Example]) -> Rows:
+    found = list(examples)
+    return Rows([len(e) for e in found], [e.answer_length for e in found])
+
+
+def free_memory(device: torch.device) -> dict[str, int]:
+    """Bytes that are free now: of the `device` where that is a GPU, and of the `host` (a container's limit at most)."""
+    room = psutil.virtual_memory().available
+    if LIMIT.is_file() and (text := LIMIT.read_text().strip()) != "max":
+        room = min(room, int(text))
+    found = {"host": room}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.mem_get_info(device)[0]
+    return found
+
+
+def fit_memory(bench: Workbench) -> None:
+    """Lower the tokens per pass where that is needed and the user did not set them; a ResourceError where nothing fits.
+
+    From shapes alone: nothing is loaded and no pass is made.
+    """
+    needs, room = footprint(bench), free_memory(bench.device)
+    if _fits(needs, room):
+        return
+    shortest = max(map(max, (needs.measured.lengths, *(rows.lengths for rows in needs.steps))))
+    budget = bench.token_budget
+    while bench.settings.tokens_per_batch is None and budget > shortest:
+        budget = max(budget // 2, shortest)
+        if _fits(replace(needs, token_budget=budget), room):
+            bench.reporter.note(f"tokens per batch: {budget} instead of {bench.token_budget}, which would not fit")
+            bench.token_budget = budget
+            return
+    raise ResourceError(_refusal(bench, needs, room, shortest))
+
+
+def _fits(needs: Footprint, room: dict[str, int]) -> bool:
+    parts = needs.parts()
+    return all(peak(parts, place)[1] <= free for place, free in room.items())
+
+
+def _refusal(bench: Workbench, needs: Footprint, room: dict[str, int], shortest: int) -> str:
+    """What is needed, what is free, and which settings would do, or would help if none does alone."""
+    parts = needs.parts()
+    place, free = max(room.items(), key=lambda item: peak(parts, item[0])[1] - item[1])
+    stage, needed = peak(parts, place)
+    largest = sorted((p for p in parts if (p.stage, p.place) == (stage, place)), key=lambda p: -p.bytes)[:3]
+    changes: dict[str, Footprint] = {
+        f"--tokens-per-batch {shortest}": replace(needs, token_budget=shortest),
+        "--gradient-checkpointing true": replace(needs, gradient_checkpointing=True),
+        "--quantize nf4": replace(needs, four_bit=True),
+        "--dtype bfloat16": replace(needs, shapes=replace(needs.shapes, width=2)),
+        f"--rank {max(1, needs.rank // 4)}": replace(needs, rank=max(1, needs.rank // 4)),
+        "--coverage 0.25": replace(needs, coverage=0.25),
+        "--space lora": replace(needs, probe=replace(needs.probe, space="lora")),
+    }
+    after = {flag: peak(changed.parts(), place)[1] for flag, changed in changes.items()}
+    helps = sorted((size, flag) for flag, size in after.items() if size < needed)
+    enough = [(size, flag) for size, flag in helps if _fits(changes[flag], room)]
+    told = ", ".join(f"{flag} ({size / GIB:.1f} GiB)" for size, flag in enough or helps)
+    shown = ", ".join(f"{p.name} {p.bytes / GIB:.1f}" for p in largest)
+    where = f"memory of {bench.device}" if place == "device" else "memory"
+    return (
+        f"--model {bench.settings.model}: {stage} needs {needed / GIB:.1f} GiB of {where} ({shown}), and "
+        f"{free / GIB:.1f} GiB are free. "
+        + (f"{'Any one of these would do' if enough else 'These help together'}: {told}." if told else "")
+    )

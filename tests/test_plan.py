@@ -1,0 +1,174 @@
+"""What a run is said to need, against what it takes; what does not fit is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from lorasure import fitting, lora, models, pipeline, plan, train, workbench
+from lorasure.cli import main
+from lorasure.config import ForgetSettings
+from lorasure.data.examples import collate, micro_batches
+from lorasure.errors import ResourceError
+from lorasure.footprint import peak
+from lorasure.forward import answer_logits
+from lorasure.importance.collect import moments
+from lorasure.init.low_rank import Factors
+from lorasure.sites import tap
+from lorasure.workbench import Workbench
+
+BOTH = {"init": "inputs", "coverage": 0.5, "score": "variance", "space": "lora"}
+
+
+@pytest.fixture
+def settings(tmp_path, data_files, tokenizer):
+    """Of a run on a model with layers of ordinary proportions."""
+    tiny_llama(hidden_size=64, intermediate_size=172).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    forget, retain = map(str, data_files)
+    given = {"model": str(tmp_path / "model"), "forget": forget, "retain": retain, "out": str(tmp_path / "run")}
+    return ForgetSettings(**given, rank=4, epochs=2, batch_size=3, tokens_per_batch=200)
+
+
+def bytes_of(tensors):
+    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+
+
+def kept_by(work, model):
+    """Bytes that `work` keeps for its way back, each storage once, without the model's own."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor  # alive, so that no other gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("space", ["lora", "full"])
+def test_weights_moments_and_optimizer_to_the_byte(settings, dtype, space):
+    bench = Workbench(replace(settings, dtype=dtype, space=space, init="pissa", score="variance", coverage=0.999))
+    said = fitting.footprint(bench)
+    assert said.weights == bytes_of(bench.model.parameters())
+    found = moments(bench.model, bench.sites, bench.data[0].examples, bench.probe, token_budget=200)
+    assert said.moments == sum(bytes_of(m.tensors().values()) for factors in found.values() for m in factors.values())
+    start = {s: Factors(torch.ones(s.shape[0], 4), torch.ones(4, s.shape[1])) for s in bench.sites}
+    wrapped = lora.attach(bench.model, start, 4, 8.0, compensate=True)
+    training = train.Training.begin(wrapped, settings, 1, 200)
+    for p in training.parameters.values():
+        p.grad = torch.zeros_like(p)
+    training.optimizer.step()
+    held = [*training.parameters.values(), *(p.grad for p in training.parameters.values())]
+    held += [t for state in training.optimizer.state.values() for name, t in state.items() if name != "step"]
+    held += [b for name, b in wrapped.named_buffers() if name.endswith("tail")]
+    started = bytes_of(t for f in start.values() for t in (f.A, f.B))  # counted, though its A may serve as the tail
+    assert replace(said, coverage=1.0).adapter == bytes_of([t.clone() for t in held]) + started
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_of_measuring_and_of_training(settings, dtype):
+    bench = Workbench(replace(settings, dtype=dtype))
+    said, rows = fitting.footprint(bench), bench.data[0].examples
+    group = micro_batches([len(e) for e in rows], 200)[0]
+    batch = collate([rows[i] for i in group])
+    count = batch.input_ids.numel()
+    with tap(bench.model, bench.sites, backward=lambda *_: None):
+        kept = kept_by(lambda: answer_logits(bench.model, batch)[0].nll_mean.sum(), bench.model)
+    inputs = sum({s.module.rsplit(".", 1)[0]: s.shape[1] for s in bench.sites}.values()) * count  # the tap's own hold
+    assert kept < said.activations(count, training=False) < 1.3 * (kept + inputs * said.shapes.width)
+    start = {s: Factors(torch.ones(s.shape[0], 4), torch.ones(4, s.shape[1])) for s in bench.sites}
+    wrapped = lora.attach(bench.model, start, 4, 8.0, compensate=True)
+    kept = kept_by(lambda: answer_logits(wrapped, batch)[0].nll_mean.sum(), wrapped)
+    assert 0.75 < said.activations(count, training=True) / kept < 1.25
+    fewer = replace(said, gradient_checkpointing=True)
+    assert fewer.activations(count, training=True) < 0.7 * said.activations(count, training=True)
+
+
+def test_four_bit_weights_to_the_byte(settings):
+    pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
+    bench = Workbench(replace(settings, quantize="nf4"))
+    held = [
+        *bench.model.parameters(),
+        *(p.quant_state.absmax for p in bench.model.parameters() if hasattr(p, "quant_state")),
+    ]
+    said = fitting.footprint(bench).weights
+    assert abs(said - bytes_of(held)) < 4 * len(bench.sites)  # a layer's last block may be a part of one
+
+
+def test_what_does_not_fit_is_refused_before_the_start_with_what_would_do(settings, monkeypatch, capsys):
+    needs = fitting.footprint(Workbench(settings))
+    least = replace(needs, token_budget=max(needs.measured.lengths))
+    room = peak(least.parts(), "host")[1] + 1
+    assert room < peak(needs.parts(), "host")[1]
+    monkeypatch.setattr(workbench, "load_model", None)  # not needed to know
+    monkeypatch.setattr(fitting, "free_memory", lambda device: {"host": room})
+    with pytest.raises(ResourceError, match=r"needs .* GiB of memory \(.*\), and .* GiB are free") as refused:
+        pipeline.forget(settings)
+    advice = str(refused.value).split("would do: ")[1]
+    assert f"--tokens-per-batch {max(needs.measured.lengths)} (" in advice and "--rank" not in advice
+    assert not list(Path(settings.out).parent.glob("run*"))
+    monkeypatch.setattr(fitting, "free_memory", lambda device: {"host": 1000})
+    with pytest.raises(ResourceError, match=r"These help together: .*--quantize nf4"):
+        pipeline.forget(settings)
+    given = ["--model", settings.model, "--forget", settings.forget, "--retain", settings.retain]
+    assert main(["plan", *given]) == ResourceError.exit_code
+    assert capsys.readouterr().err.startswith(f"lorasure: --model {settings.model}: ")
+
+
+def test_passes_are_made_smaller_where_the_user_left_it_open(settings, monkeypatch):
+    needs = fitting.footprint(Workbench(replace(settings, tokens_per_batch=None)))
+    room = peak(replace(needs, token_budget=100).parts(), "host")[1]
+    monkeypatch.setattr(fitting, "free_memory", lambda device: {"host": room})
+    bench = Workbench(replace(settings, tokens_per_batch=None))
+    before = bench.token_budget
+    fitting.fit_memory(bench)
+    assert bench.token_budget < before
+    assert peak(fitting.footprint(bench).parts(), "host")[1] <= room
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "reglu"}, {"init": "lora", "loss": "dpo"}, {"coverage": 0.5}, BOTH], ids=str
+)
+def test_every_stage_that_a_run_has_takes_time_and_nothing_is_written(settings, options):
+    wanted = replace(settings, **options)
+    found = plan.plan(wanted).to_json()
+    took = {name for name, seconds in found["seconds"].items() if seconds > 0}
+    without = {"importance"} if "init" in options and "coverage" not in options else set()
+    assert took == {"prepare", "importance", "init", "reference", "train", "export", "evaluate"} - without
+    assert found["peak"]["host"]["bytes"] > 0 and found["total_seconds"] == sum(found["seconds"].values())
+    assert json.loads(json.dumps(found)) == found
+    assert not Path(settings.out).exists()
+
+
+def test_the_command_prints_a_table_or_json(settings, capsys):
+    given = ["--model", settings.model, "--forget", settings.forget, "--retain", settings.retain, "--rank", "4"]
+    assert main(["plan", *given, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["peak"]) == {"host"}
+    assert main(["plan", *given]) == 0
+    said = capsys.readouterr().out
+    assert "base weights" in said and "GiB are free" in said and "tokens a pass" in said
+
+
+def test_the_trained_model_is_gone_before_a_fresh_one_is_loaded(settings, monkeypatch):
+    loaded, real = [], models.load_model
+
+    def load(*args, **options):
+        assert [ref() for ref in loaded] == [None] * len(loaded)
+        model = real(*args, **options)
+        loaded.append(weakref.ref(model.get_output_embeddings().weight))
+        return model
+
+    monkeypatch.setattr(workbench, "load_model", load)
+    pipeline.forget(settings)
+    assert len(loaded) == 2  # at the start, and for the check of the adapter
