@@ -68,8 +68,8 @@ class Batch:
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model's forward takes; the labels stay outside, the loss is ours.
 
-        Padding on the right is behind every real token, so a causal model sees none of it, and its default positions are
-        the right ones. Attention that is told of no mask is faster.
+        Padding on the right is behind every real token, so a causal model sees none of it, and its default positions
+        are the right ones. Attention that is told of no mask is faster.
         """
         if self.attention_mask[:, 0].all():
             return {"input_ids": self.input_ids}

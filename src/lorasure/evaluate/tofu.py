@@ -57,7 +57,7 @@ def load(settings: SuiteSettings) -> list[EvaluationSet]:
 
 
 def rows_of(data: str, name: str) -> Sequence[Row]:
-    """The rows of one of TOFU's files (`full`, `forget05`, `retain_perturbed`, ...), from a folder of them or the hub."""
+    """The rows of one of TOFU's files (`full`, `forget05`, ...), from a folder of them or the hub."""
     folder = Path(data).expanduser()
     return read_rows(str(folder / f"{name}.json") if folder.is_dir() else f"{data}:{name}").rows
 
