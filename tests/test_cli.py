@@ -350,8 +350,8 @@ def test_the_exit_codes_are_written_down_everywhere():
     readme = (ROOT / "README.md").read_text().split("Exit codes: ")[1].split("Every error")[0]
     listed = [re.findall(r"\b\d+\b", text) for text in (cli.EPILOG, readme)]
     assert listed[0] == listed[1]
-    kinds = [LorasureError, *LorasureError.__subclasses__()]
-    codes = {0, MISTAKE, INTERRUPTED, NOTHING_FOUND, GATE_FAILED, 130, 143, *(kind.exit_code for kind in kinds[1:])}
+    kinds = (kind for kind in LorasureError.__subclasses__() if kind.__module__.startswith("lorasure."))
+    codes = {0, MISTAKE, INTERRUPTED, NOTHING_FOUND, GATE_FAILED, 130, 143, *(kind.exit_code for kind in kinds)}
     assert codes == set(map(int, listed[0]))
 
 

@@ -64,8 +64,10 @@ def test_by_hand():
         [IGNORED, 6, EOS],
         [IGNORED, EOS, IGNORED],
     ]  # eos learnt, padding not, though both are 0
-    assert set(out.inputs) == {"input_ids", "attention_mask", "position_ids"}
-    assert all(t.dtype == torch.int64 for t in (*out.inputs.values(), out.labels))
+    assert set(out.inputs) == {"input_ids"}  # padding on the right needs no mask
+    left = collate([Example((5, 6, EOS), 1), Example((7, EOS), 0)], "left")
+    assert set(left.inputs) == {"input_ids", "attention_mask", "position_ids"}
+    assert all(t.dtype == torch.int64 for t in (*left.inputs.values(), out.labels))
     assert torch.equal(out.to("cpu").labels, out.labels)
 
 

@@ -211,7 +211,7 @@ def _columns(name: str, start: int, step: int, reference: str | None = None) -> 
     model, tokenizer = load_model(folder, dtype=torch.float32, device=torch.device("cpu")), load_tokenizer(folder)
     rows = read_rows(SHARED / "data" / "tofu" / "full.json").rows[start : start + 20 * step : step]
     examples = encode_rows(rows, ModelSettings(model=folder), tokenizer).examples
-    records = answer_records(model, examples, 1024)
+    records = answer_records(model, examples, 1024, moments=True)
     found = {c: [getattr(r, c) for r in records] for c in ("log_probs", "expected", "variance")}
     found |= {
         "texts": [row.answer for row in rows],

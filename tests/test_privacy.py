@@ -264,9 +264,9 @@ def _out_of_memory(forward, self, *args, **kwargs):
 
 
 def _not_a_number(forward, self, *args, **kwargs):
-    found = forward(self, *args, **kwargs)
-    found.logits = found.logits * float("nan")
-    return found
+    with torch.no_grad():
+        self.model.norm.weight.fill_(float("nan"))
+    return forward(self, *args, **kwargs)
 
 
 def _no_space(forward, self, *args, **kwargs):

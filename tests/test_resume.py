@@ -547,8 +547,8 @@ def not_finite(stage, monkeypatch, value=float("nan")):
 
         monkeypatch.setattr(lora, "trained_factors", trained)
     if stage == "export":
-        real_logits = stages._logits
-        monkeypatch.setattr(stages, "_logits", lambda *args: real_logits(*args) * value)
+        real_logits = stages.logits_of
+        monkeypatch.setattr(stages, "logits_of", lambda *args: real_logits(*args) * value)
 
 
 @pytest.mark.fault(
