@@ -1,7 +1,11 @@
-"""examples/distributed/ with two processes on one machine: the run of one, also where each keeps half the weights."""
+"""Two processes on one machine give the run of one up to rounding, also where each keeps half of the weights.
+
+By torchrun and by what is in examples/distributed/.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,51 +13,62 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import tiny_llama
-from lorasure import artifacts, processes
+from lorasure import artifacts, cli, processes
 from lorasure.errors import ResourceError, UsageError
 from lorasure.memory import within_memory
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "distributed"
-RUNS = {
-    "ddp": [[]],
-    "fsdp2": [
-        ["--gradient-checkpointing", "true", "--init", "reglu", "--loss", "npo", "--retain-loss", "kl"],
-        ["--init", "fila", "--coverage", 0.5, "--tokens-per-batch", 1000],  # one micro-batch, which is halved
-    ],
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--main_process_port", 0, "--config_file"]
+LAUNCHERS = {
+    "torchrun": TORCHRUN,
+    "ddp": [*ACCELERATE, EXAMPLES / "ddp.yaml"],
+    "fsdp2": [*ACCELERATE, EXAMPLES / "fsdp2.yaml"],
 }
+RUNS = [
+    ("torchrun", ["--init", "vila"]),
+    ("ddp", ["--init", "reglu", "--loss", "npo", "--retain-loss", "kl", "--targets", "layers.1.*"]),  # cached prefix
+    ("fsdp2", ["--gradient-checkpointing", "true", "--init", "reglu", "--loss", "npo", "--retain-loss", "kl"]),
+    ("fsdp2", ["--init", "fila", "--coverage", 0.5, "--tokens-per-batch", 1000]),  # one micro-batch, which is halved
+]
 
 
-def launched(config: str, *arguments: object) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "lorasure"]
-    if config:
-        launch = ["-m", "accelerate.commands.launch", "--config_file", EXAMPLES / f"{config}.yaml"]
-        command = [sys.executable, *launch, "--num_processes", 2, "--main_process_port", 0, "-m", "lorasure"]
-    command = list(map(str, [*command, *arguments]))
+def launched(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "options"), [(name, o) for name, runs in RUNS.items() for o in runs], ids=str)
-def test_two_processes_give_the_run_of_one(tmp_path, model_folder, data_files, config, options):
+@pytest.mark.parametrize(("launcher", "options"), RUNS, ids=str)
+def test_two_processes_give_the_run_of_one(tmp_path, model_folder, data_files, launcher, options):
     given = ["--model", model_folder, "--forget", data_files[0], "--retain", data_files[1], "--epochs", 2]
     given += ["--batch-size", 3, "--rank", 4, "--lr", "1e-2", "--tokens-per-batch", 64, *options]
-    for name in ("", config):
-        done = launched(name, "forget", *given, "--out", tmp_path / f"run{name}")
-        assert done.returncode == 0, done.stderr[-2000:]
-    for name in (artifacts.START, artifacts.TRAINED, "adapter/adapter_model.safetensors"):
-        one, two = (_tensors(tmp_path / run / name) for run in ("run", f"run{config}"))
+    assert cli.main(["forget", *map(str, given), "--out", str(tmp_path / "one")]) == 0
+    done = launched(*LAUNCHERS[launcher], "-m", "lorasure", "forget", *given, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("adapter:") == 1  # only the first process talks
+    for name in (artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, "adapter/adapter_model.safetensors"):
+        if not (tmp_path / "one" / name).exists():
+            continue
+        one, two = (load_file(tmp_path / run / name) for run in ("one", "two"))
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-5)
+    logs = [(tmp_path / run / artifacts.LOG).read_text().splitlines() for run in ("one", "two")]
+    for a, b in zip(*(map(json.loads, lines) for lines in logs), strict=True):
+        assert a["forget"] == pytest.approx(b["forget"], rel=1e-5) and a["tokens"] == b["tokens"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["one", "two"]  # nothing of the second process
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
+def test_resuming_wants_one_process(monkeypatch, tmp_path, model_folder, data_files, capsys):
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    given = ["--model", model_folder, "--forget", data_files[0], "--retain", data_files[1], "--resume", "true"]
+    assert cli.main(["forget", *map(str, given), "--out", str(tmp_path / "run")]) == 2
+    assert "--resume goes on in one process" in capsys.readouterr().err
 
 
 HALF = """
@@ -73,10 +88,7 @@ with processes.joined():
 def test_each_process_keeps_half_of_the_layers_and_computes_the_same(tmp_path, model_folder):
     script = tmp_path / "half.py"
     script.write_text(HALF)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command += list(map(str, [script, model_folder, tmp_path]))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = launched(*TORCHRUN, script, model_folder, tmp_path, ACCELERATE_USE_FSDP="true")
     assert done.returncode == 0, done.stderr[-2000:]
     model = tiny_llama()
     weights = sum(p.numel() for p in model.model.layers.parameters())
