@@ -125,7 +125,7 @@ def _cell(bar: Bar, results: Results) -> str:
         return f"{value:.2f} of it"
     part = next((p for p in results["parts"].values() if p["ratios"].get(bar.against, {}).get("median") == value), None)
     spread = part["ratios"][bar.against] if part else None
-    return f"{value:.1f}x" + (f" [{spread['low']:.1f}, {spread['high']:.1f}]" if spread else "")
+    return f"{value:.3g}x" + (f" [{spread['low']:.3g}, {spread['high']:.3g}]" if spread else "")
 
 
 def _footnote(results: Results) -> str:
