@@ -22,6 +22,7 @@ sys.path.append(str(SPEED))
 import ours
 import table
 import theirs
+from cases import PARTS
 from clock import alternate, can_measure_memory, ratios
 from worker import in_process
 from workload import Setting, small_start
