@@ -355,15 +355,14 @@ def test_the_exit_codes_are_written_down_everywhere():
     assert codes == set(map(int, listed[0]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_in_the_middle_of_training(base, tmp_path, number):
+def test_a_signal_in_the_middle_of_training(base, tmp_path):
     command = [sys.executable, "-m", "lorasure", "forget", *base, "--out", str(tmp_path / "run"), "--epochs", "1000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline, partial = time.monotonic() + 60, tmp_path / ".run.partial"
     log = partial / "train.jsonl"
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75
     last = err.strip().splitlines()[-1]

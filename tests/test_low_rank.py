@@ -82,9 +82,8 @@ def relative_slope(weight, product, element_weights):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 5])
-def test_rows_reaches_the_optimum(seed):
-    weight, d = random(OUT, IN, seed=seed), weights(OUT, seed=seed + 1)
+def test_rows_reaches_the_optimum():
+    weight, d = random(OUT, IN), weights(OUT, seed=1)
     expanded = d[:, None].expand(OUT, IN)
     product = rows(weight, d, RANK)
     got = objective(weight, dense(product), expanded).item()

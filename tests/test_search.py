@@ -264,16 +264,18 @@ def told(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
-def test_killed_in_the_middle_and_continued_no_trial_is_lost_or_repeated(spec, out, number):
+def test_interrupted_killed_and_continued_no_trial_is_lost_or_repeated(spec, out):
     two = {name: METHODS[name] for name in ("plain", "vila")}
     path = spec(trials=3, methods=two)
-    process = started(path, out)
-    wait_for(lambda: len(finished(out)) >= 2 and any((out / LOCKS).glob("*-*/train.jsonl")), process)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 75)
-    before = finished(out)
+    before: dict = {}
+    for flags, number, code in (((), signal.SIGINT, 75), (("--resume",), signal.SIGKILL, -9)):
+        process, enough = started(path, out, *flags), len(before) + 1
+        wait_for(lambda: len(finished(out)) >= enough and any((out / LOCKS).glob("*-*/train.jsonl")), process)  # noqa: B023
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode == code
+        assert all(finished(out)[key] == before[key] for key in before)
+        before = finished(out)
     assert 2 <= len(before) < 6
     ran = told(started(path, out, "--resume", "--workers", "2"))
     after = finished(out)
