@@ -11,8 +11,8 @@ BIN := .venv/bin
 demo: .venv/ready ## make a model, make it forget some people, show the result
 	$(BIN)/lorasure demo
 
-test: .venv/ready ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/ready ## the whole test suite, two tests at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff check .
