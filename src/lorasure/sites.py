@@ -139,7 +139,7 @@ def weight(model: PreTrainedModel, site: Site) -> Tensor:
 def set_weight(model: PreTrainedModel, site: Site, value: Tensor) -> None:
     """Write W (out, in) into the model, in place and in the dtype of its weights. Not for a quantised base."""
     module = model.get_submodule(site.module)
-    stored = module.weight if site.parameter is None else getattr(module, site.parameter)[site.expert]
+    stored: Any = module.weight if site.parameter is None else getattr(module, site.parameter)[site.expert]
     if not stored.is_floating_point():
         raise UsageError(f"Layer '{site.name}' holds {stored.dtype} weights, which cannot be changed.")
     (stored.T if site.transposed else stored).copy_(value)

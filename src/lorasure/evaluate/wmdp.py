@@ -106,7 +106,7 @@ def collect(
     def measure(block: Sequence[Item]) -> list[Record]:
         began = time.perf_counter()
         extras = [rows[item.index].extra for item in block]
-        samples = _asked(subject, manager, extras[0]["task"], block, [extra["document"] for extra in extras])
+        samples = _asked(subject, manager, str(extras[0]["task"]), block, [extra["document"] for extra in extras])
         add_time(subject, "likelihood", began)
         return [_record(item, sample, chosen.name, subject) for item, sample in zip(block, samples, strict=True)]
 

@@ -151,8 +151,8 @@ def measure(
         sets = paper_moments(model, sites, forget, retain, probe, score=score, progress=progress)
         return Importance(score, probe, *sets, floor=EPSILON, about=about or {})
     options: dict[str, Any] = {"token_budget": token_budget, "progress": progress}
-    sets = (on_host(moments(model, sites, examples, probe, **options)) for examples in (forget, retain))
-    return Importance(score, probe, *sets, about=about or {})
+    of_forget, of_retain = (on_host(moments(model, sites, rows, probe, **options)) for rows in (forget, retain))
+    return Importance(score, probe, of_forget, of_retain, about=about or {})
 
 
 def on_host(measured: SetMoments) -> SetMoments:
