@@ -64,7 +64,7 @@ def test_every_row_gives_finite_float32_factors_of_every_layer(name, architectur
         assert factors.B.shape == (site.shape[0], RANK) and factors.A.shape == (RANK, site.shape[1])
         assert factors.B.dtype == factors.A.dtype == torch.float32
         assert torch.isfinite(factors.B).all() and torch.isfinite(factors.A).all()
-        assert factors.A.any() and bool(factors.B.any()) == (name != "lora")
+        assert factors.A.any() and bool(factors.B.any()) == init.compensated
     assert set(bases) == (set(start) if init.regularised else set())
 
 
@@ -96,7 +96,7 @@ def test_a_balanced_split_changes_the_factors_but_not_the_product(name):
     published, balanced = (started(name, split=split)[1] for split in ("published", "balanced"))
     for site in published:
         torch.testing.assert_close(product(published[site]), product(balanced[site]), atol=1e-5, rtol=1e-4)
-        if name != "lora":
+        if INITS[name].compensated:
             b, a = balanced[site].B, balanced[site].A
             torch.testing.assert_close(b.T @ b, a @ a.T, atol=1e-4, rtol=1e-4)
             # PiSSA's is the one start whose published split is the balanced one.
@@ -138,6 +138,14 @@ def test_inputs_is_the_part_of_w_that_reads_the_directions():
         seen = evidence_for(site, INITS["inputs"])
         p = contrast_directions(seen.forget, seen.retain, RANK, balance=REQUEST.balance).float()
         torch.testing.assert_close(product(factors), weight(model, site) @ p @ p.T, atol=1e-5, rtol=1e-4)
+
+
+def test_contrast_reads_the_directions_and_starts_at_zero():
+    for site, factors in started("contrast")[1].items():
+        seen = evidence_for(site, INITS["contrast"])
+        p = contrast_directions(seen.forget, seen.retain, RANK, balance=REQUEST.balance).float()
+        assert not factors.B.any()
+        torch.testing.assert_close(factors.A, p.T)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -145,7 +145,7 @@ class ImportanceSettings(SiteSettings):
     """How to measure which weights carry the forget set."""
 
     init: str = option(
-        "vila", "how the adapter starts: lora, pissa, fila, vila, expila, absila, sketch, reglu or inputs"
+        "vila", "how the adapter starts: lora, pissa, fila, vila, expila, absila, sketch, reglu, inputs or contrast"
     )
     rank: int = option(8, "rank of the adapter", low=1)
     alpha: float = option(16.0, "scaling of the adapter is alpha / rank", above=0)
@@ -171,7 +171,9 @@ class InitSettings(Settings):
         None, "how the start is split into B and A: balanced or published (default: that of --init)"
     )
     coverage: float = option(1.0, "share of the layers to adapt, the most important first", above=0, high=1)
-    balance: float = option(0.7, "reglu, inputs: weight of the retain set against the forget set", low=0, high=1)
+    balance: float = option(
+        0.7, "reglu, inputs, contrast: weight of the retain set against the forget set", low=0, high=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

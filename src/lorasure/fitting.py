@@ -13,7 +13,6 @@ from . import processes
 from .data.examples import Example
 from .errors import ResourceError
 from .footprint import Footprint, Rows, Shapes, peak
-from .init.apply import plain
 from .models import load_shapes
 from .objective import Unit, forget_steps
 from .prefix import ROOM, decoder_layers, lowest_layer
@@ -40,7 +39,7 @@ def footprint(bench: Workbench) -> Footprint:
         rows,
         bench.token_budget,
         s.rank,
-        1 if init.function is plain else 2,
+        2 if init.compensated else 1,
         bench.probe,
         bench.measures_importance,
         init.evidence if init.evidence in ("outputs", "inputs") else "",

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .data.examples import micro_batches
+from .importance.activations import ROOM, side_of
 from .importance.collect import FULL_CHUNK, Probe
 from .losses.tokens import ROWS
 from .sites import Site, find_sites
@@ -125,9 +126,9 @@ class Footprint:
 
     @property
     def second_moments(self) -> int:
-        """Bytes of what `reglu` and `inputs` measure on one set."""
-        side = 1 if self.directions == "inputs" else 0
-        return FLOAT * sum(site.shape[side] ** 2 for site in self.shapes.sites)
+        """Bytes of what is held at once, of both sets, where a start wants directions."""
+        sizes = [2 * FLOAT * site.shape[side_of(self.directions)] ** 2 for site in self.shapes.sites]
+        return max(max(sizes), min(sum(sizes), ROOM))
 
     @property
     def adapter(self) -> int:
@@ -179,7 +180,7 @@ class Footprint:
             ("device", "one layer in float64"): DOUBLES * 8 * max(site.size for site in self.shapes.sites),
         }
         if self.directions:
-            found[("device", "second moments")] = 2 * self.second_moments
+            found[("device", "second moments")] = self.second_moments
         return found
 
     def _train(self) -> dict[tuple[str, str], int]:

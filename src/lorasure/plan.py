@@ -20,11 +20,11 @@ from .data.examples import Example, micro_batches
 from .fitting import epoch_steps, fit_memory, footprint, free_memory
 from .footprint import Part, peak
 from .forward import answer_records
-from .importance.activations import second_moments
+from .importance.activations import InGroups, second_moments
 from .importance.measure import measure
 from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
-from .init.apply import Evidence, initialise, plain
+from .init.apply import Evidence, initialise
 from .init.low_rank import Factors
 from .objective import forget_steps
 from .prefix import find_prefix
@@ -134,9 +134,11 @@ def _try_measuring(bench: Workbench) -> tuple[float, Callable[[Site], Evidence],
     if bench.init.evidence in ("outputs", "inputs"):
         clock = Clock()
         options = {"token_budget": budget, "progress": clock.tick, "of_inputs": bench.init.evidence == "inputs"}
-        forget, retain = (second_moments(bench.model, sites, rows, **options) for rows in sets)
-        rate += clock.per_token(budget, *sets)
-        evidence = lambda site: Evidence(forget=forget[site.name], retain=retain[site.name])  # noqa: E731
+        both = lambda some: [second_moments(bench.model, some, rows, **options) for rows in sets]  # noqa: E731
+        directions = InGroups(sites, bench.init.evidence, both)
+        directions(sites[0])
+        rate += clock.per_token(budget, *sets) * len(directions.groups)
+        evidence = lambda site: Evidence(None, *directions(site))  # noqa: E731
     return rate, evidence, sites
 
 
@@ -165,7 +167,7 @@ def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float
         objective.prefix = find_prefix(bench.model, sites, seen, budget, bench.reporter.note)
     objective.observe_original(bench.model, {u.index for step in steps for u in step if u.term == "retain"}, budget)
     factors = {site: Factors(torch.zeros(site.shape[0], s.rank), torch.zeros(s.rank, site.shape[1])) for site in sites}
-    wrapped = lora.attach(bench.model, factors, s.rank, s.alpha, compensate=bench.init.function is not plain)
+    wrapped = lora.attach(bench.model, factors, s.rank, s.alpha, compensate=bench.init.compensated)
     records: list[dict[str, Any]] = []
     still = replace(s, lr=1e-12, max_grad_growth=1e12)
     fit(wrapped, steps, objective, still, token_budget=budget, on_step=records.append)

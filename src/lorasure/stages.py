@@ -17,7 +17,7 @@ from .data.examples import Example, collate
 from .errors import DataError, NumericError
 from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
 from .forward import Progress, Record, answer_logits, answer_records
-from .importance.activations import second_moments
+from .importance.activations import InGroups, second_moments
 from .importance.measure import Importance, measure
 from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
@@ -131,17 +131,22 @@ def make_start(bench: Workbench, run: Path, importance: Importance | None) -> St
 
 
 def _evidence(bench: Workbench, sites: Sequence[Site], importance: Importance | None) -> Callable[[Site], Evidence]:
-    """What was measured for a site: weights made when asked for, or second moments measured for all sites now."""
+    """What was measured for a site: weights made, or second moments measured, when asked for."""
     if bench.init.evidence == "none":
         return lambda site: Evidence()
     if bench.init.evidence == "importance" and importance:
         return lambda site: Evidence(weights=importance.weights(site, bench.device))
     sets = bench.data[0].examples, bench.measured_retain
+    found = InGroups(sites, bench.init.evidence, lambda some: _directions(bench, some, sets))
+    return lambda site: Evidence(None, *found(site))
+
+
+def _directions(bench: Workbench, sites: Sequence[Site], sets: Sequence[Sequence[Example]]) -> list[dict[str, Tensor]]:
+    """Second moments of some sites on both sets."""
     of_inputs = bench.init.evidence == "inputs"
     with bench.reporter.stage("activations", sum(map(len, sets))) as progress:
         attempt = partial(second_moments, bench.model, sites, of_inputs=of_inputs, progress=progress)
-        forget, retain = (bench.within_memory(partial(attempt, examples), examples, "activations") for examples in sets)
-    return lambda site: Evidence(forget=forget[site.name], retain=retain[site.name])
+        return [bench.within_memory(partial(attempt, examples), examples, "activations") for examples in sets]
 
 
 def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .errors import UsageError
 from .importance.collect import Probe
 from .importance.paper_code import check_published
 from .importance.scores import SCORES, SPACES, check_pair
-from .init.apply import INITS, Init, Request, check_rank, plain
+from .init.apply import INITS, Init, Request, check_rank
 from .init.low_rank import SOLVERS, SPLITS
 from .losses.forget import FORGET_LOSSES, LossFunction, bind
 from .losses.retain import RETAIN_LOSSES
@@ -248,7 +248,7 @@ def check_names(settings: ForgetSettings) -> None:
         check_published(score, space)
         if settings.solver != "rows":
             raise UsageError(f"--compat paper-code solves by rows; --solver {settings.solver} does not go with it.")
-    exact = settings.rank * (1 if init.function is plain else 2)  # any other start needs a frozen second half
+    exact = settings.rank * (2 if init.compensated else 1)
     if settings.export_rank and settings.export_rank > exact:
         raise UsageError(f"--export-rank must be in [1, {exact}] (the exact rank), got {settings.export_rank}.")
     if settings.coverage < 1 and not (score and space):

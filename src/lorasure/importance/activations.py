@@ -1,8 +1,9 @@
-"""Second moments of what a site reads or writes, for initialisations that choose directions (ReGLU and `inputs`)."""
+"""Second moments of what a site reads or writes, for the initialisations that choose directions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError
 from ..forward import Progress, answer_hidden
 from ..sites import Site, tap
+
+ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 1.4e9
+
+
+def side_of(evidence: str) -> int:
+    """The axis of a site's shape (out, in) that second moments of its `outputs` or `inputs` run over."""
+    return {"outputs": 0, "inputs": 1}[evidence]
 
 
 @torch.no_grad()
@@ -26,29 +34,79 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """C = E[z z^T] over all real tokens (prompt and answer, padding left out), uncentred, per site, float32.
 
-    z is the site's output including its bias (shape of C: (out, out)), or with `of_inputs` its input ((in, in)). For an
-    expert the mean runs over all tokens of the data, those routed elsewhere counting as zero. Paper: ReGLU, arXiv
-    2604.17396.
+    z is the site's output including its bias (shape of C: (out, out)), or with `of_inputs` its input ((in, in)), and
+    then sites that read the same tensor (q, k and v) share one C. For an expert the mean runs over all tokens of the
+    data, those routed elsewhere counting as zero. Paper: ReGLU, arXiv 2604.17396.
     """
     total: dict[str, Tensor] = {}
-    tokens = 0
-    mask = torch.empty(0)
+    owners: dict[str, str] = {}  # site -> the site whose C it shares, itself where it was the first to read a tensor
+    tokens, mask, last = 0, torch.empty(0), (torch.empty(0), "")
 
     def observe(site: Site, x: Tensor, y: Tensor) -> None:
-        z = (x if of_inputs else y)[mask].float()
+        nonlocal last
+        z = x if of_inputs else y
+        same = z.data_ptr() == last[0].data_ptr() and z.shape == last[0].shape
+        owner = owners.setdefault(site.name, last[1] if same else site.name)
+        if owner != site.name:
+            assert same, f"{site.name} reads what {owner} reads in some passes only"
+            return
+        last = z, site.name  # held, so that its memory is nobody else's while it is compared with
+        z = z[mask].float()
         total[site.name] = total.get(site.name, 0) + z.T @ z
 
     with tap(model, sites, forward=observe):
         for group in micro_batches([len(e) for e in examples], token_budget):
             batch = collate([examples[i] for i in group]).to(model.device)
-            mask = batch.attention_mask.bool()
+            mask, last = batch.attention_mask.bool(), (torch.empty(0), "")
             answer_hidden(model, batch)
             tokens += int(mask.sum())
             if progress:
                 progress(len(group))
     for site in sites:
+        if owners.get(site.name, site.name) != site.name:
+            continue
         size = site.shape[1] if of_inputs else site.shape[0]
         moment = total.setdefault(site.name, torch.zeros(size, size, device=model.device)).div_(tokens)
         if not torch.isfinite(moment).all():
             raise NumericError(f"activations: the second moments of site '{site.name}' are not finite.")
-    return total
+    return {site.name: total[owners.get(site.name, site.name)] for site in sites}
+
+
+@dataclass
+class InGroups:
+    """Second moments of forget and retain set by site, measured for some sites at a time, so that memory is bounded.
+
+    To be asked for in the order of `sites`: one that is not held is measured with as many of the next as fit into
+    `room` bytes (one at least), and what was held is let go. `measure(sites)`: site name -> moments, for each set.
+    """
+
+    sites: Sequence[Site]
+    evidence: str
+    measure: Callable[[Sequence[Site]], Sequence[Mapping[str, Tensor]]]
+    room: int = ROOM
+    held: Sequence[Mapping[str, Tensor]] = ({}, {})
+
+    def __call__(self, site: Site) -> tuple[Tensor, Tensor]:
+        """(forget, retain) of one site."""
+        if site.name not in self.held[0]:
+            self.held = ({}, {})
+            self.held = self.measure(self.group(self.sites.index(site)))
+        return self.held[0][site.name], self.held[1][site.name]
+
+    def group(self, first: int) -> Sequence[Site]:
+        """The sites that are measured together from number `first` on. None is counted as shared."""
+        taken, end = 0, first
+        while end < len(self.sites):
+            taken += 2 * 4 * self.sites[end].shape[side_of(self.evidence)] ** 2
+            if taken > self.room and end > first:
+                break
+            end += 1
+        return self.sites[first:end]
+
+    @property
+    def groups(self) -> list[Sequence[Site]]:
+        """All of them."""
+        found: list[Sequence[Site]] = []
+        while (done := sum(map(len, found))) < len(self.sites):
+            found.append(self.group(done))
+        return found

@@ -97,12 +97,23 @@ def on_inputs(matrix: Tensor, evidence: Evidence, request: Request) -> Factors:
     return factors_on_inputs(matrix, directions, request.scaling)
 
 
+def contrast(matrix: Tensor, evidence: Evidence, request: Request) -> Factors:
+    """B = 0, A the directions where forget inputs are strong and retain inputs are weak: nothing to compensate.
+
+    What B learns acts on the forget set's own directions from the first step on, and hardly on what must stay. EVA
+    starts A in the strongest directions of one set's inputs; the contrast with a second set is ours.
+    """
+    directions = _directions(evidence, request)
+    return Factors(torch.zeros(matrix.shape[0], request.rank), directions.T.contiguous())
+
+
 @dataclass(frozen=True)
 class Init:
     """A row of INITS.
 
     `evidence`: none, importance (with its `score` and gradient `space`), outputs or inputs (second moments). `split`:
     the default split. `regularised`: train with ReGLU's penalty on what the adapter writes into retain directions.
+    `compensated`: B is not 0, so the adapter needs a frozen second half to start as the original.
     """
 
     title: str
@@ -113,13 +124,15 @@ class Init:
     space: str | None = None
     split: str = "balanced"
     regularised: bool = False
+    compensated: bool = True
 
 
 FILA, VILA = "https://arxiv.org/abs/2408.06621", "https://arxiv.org/abs/2508.21300"
-REGLU = "https://arxiv.org/abs/2604.17396"
+REGLU, EVA = "https://arxiv.org/abs/2604.17396", "https://arxiv.org/abs/2410.07170"
+LORA = "https://arxiv.org/abs/2106.09685"
 
 INITS: dict[str, Init] = {
-    "lora": Init("LoRA's own start", "https://arxiv.org/abs/2106.09685", plain, "none", split="published"),
+    "lora": Init("LoRA's own start", LORA, plain, "none", split="published", compensated=False),
     "pissa": Init("PiSSA", "https://arxiv.org/abs/2404.02948", principal, "none"),
     "fila": Init("FILA: Fisher information of all weights", FILA, weighted, score="fisher", space="full"),
     "vila": Init("VILA: gradient variance from LoRA gradients", VILA, weighted, score="variance", space="lora"),
@@ -128,6 +141,7 @@ INITS: dict[str, Init] = {
     "sketch": Init("Full-gradient variance from random sketches", VILA, weighted, score="variance", space="sketch"),
     "reglu": Init("ReGLU", REGLU, on_outputs, "outputs", split="published", regularised=True),
     "inputs": Init("ReGLU's construction in input space", REGLU, on_inputs, "inputs", split="published"),
+    "contrast": Init("Contrast of inputs", EVA, contrast, "inputs", split="published", compensated=False),
 }
 
 

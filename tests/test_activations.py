@@ -1,0 +1,89 @@
+"""Second moments of what layers read and write: against one row at a time, and in groups of layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from architectures import tiny_model
+from conftest import random_examples
+from lorasure import artifacts, pipeline, stages
+from lorasure.config import ForgetSettings
+from lorasure.importance.activations import InGroups, second_moments
+from lorasure.sites import all_sites, find_sites
+
+EXAMPLES = random_examples(7, 3)
+both = pytest.mark.parametrize("of_inputs", [True, False])
+
+
+def one_row_at_a_time(model, site, of_inputs):
+    """E[z z^T] over the tokens of EXAMPLES, by a plain hook and passes without padding."""
+    seen = []
+    module = model.get_submodule(site.module)
+    handle = module.register_forward_hook(lambda _, args, output: seen.append(args[0] if of_inputs else output))
+    with torch.no_grad():
+        for e in EXAMPLES:
+            model(torch.tensor([e.input_ids]))
+    handle.remove()
+    z = torch.cat([part.reshape(-1, part.shape[-1]) for part in seen]).double()
+    return (z.T @ z / len(z)).float()
+
+
+@both
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "phi", "gemma2"])
+def test_moments_equal_those_of_single_rows(name, of_inputs):
+    model = tiny_model(name)
+    sites = all_sites(model)
+    found = second_moments(model, sites, EXAMPLES, of_inputs=of_inputs, token_budget=40)
+    assert list(found) == [site.name for site in sites]
+    for site in sites:
+        torch.testing.assert_close(found[site.name], one_row_at_a_time(model, site, of_inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_read_the_same_share_what_is_held():
+    model = tiny_model("llama")
+    sites = find_sites(model, ["layers.0.*"])
+    found = second_moments(model, sites, EXAMPLES, of_inputs=True, token_budget=40)
+    shared = {}
+    for name, moment in found.items():
+        shared.setdefault(moment.data_ptr(), []).append(name.rsplit(".", 1)[-1])
+    readers = [["down_proj"], ["gate_proj", "up_proj"], ["o_proj"], ["q_proj", "k_proj", "v_proj"]]
+    assert sorted(shared.values()) == readers
+    written = second_moments(model, sites, EXAMPLES, of_inputs=False, token_budget=40)
+    assert len({m.data_ptr() for m in written.values()}) == len(sites)
+
+
+@both
+def test_groups_hold_no_more_than_they_may_and_change_nothing(of_inputs):
+    model, evidence = tiny_model("llama"), "inputs" if of_inputs else "outputs"
+    sites, held = all_sites(model), []
+    measure = partial(second_moments, model, of_inputs=of_inputs, token_budget=40)
+
+    def sets(some):
+        held.append(sum(8 * s.shape[1 if of_inputs else 0] ** 2 for s in some))
+        return [measure(some, examples) for examples in (EXAMPLES[:3], EXAMPLES[3:])]
+
+    room = 3 * 8 * 24**2
+    groups = InGroups(sites, evidence, sets, room)
+    whole = [measure(sites, examples) for examples in (EXAMPLES[:3], EXAMPLES[3:])]
+    for site in sites:
+        for found, expected in zip(groups(site), whole, strict=True):
+            torch.testing.assert_close(found, expected[site.name])
+    assert max(held) <= room and len(held) == len(groups.groups) > 2
+    assert [site for group in groups.groups for site in group] == sites
+    assert all(len(group) == 1 for group in InGroups(sites, evidence, sets, 1).groups)
+
+
+@pytest.mark.parametrize("init", ["contrast", "reglu"])
+def test_a_run_in_groups_is_the_run(init, tmp_path, model_folder, data_files, monkeypatch):
+    forget, retain = data_files
+    common = {"model": str(model_folder), "forget": str(forget), "retain": str(retain), "init": init, "rank": 4}
+    settings = ForgetSettings(**common, alpha=8, epochs=1, out=str(tmp_path / "whole"))
+    whole = pipeline.forget(settings)
+    monkeypatch.setattr(stages, "InGroups", partial(InGroups, room=1))
+    grouped = pipeline.forget(replace(settings, out=str(tmp_path / "grouped")))
+    one, other = (artifacts.read_tensors(r.folder / artifacts.START)[0] for r in (whole, grouped))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
