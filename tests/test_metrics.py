@@ -34,6 +34,7 @@ ONE_COLUMN = {
     "truth_ratio forget": lambda v: metrics.truth_ratio(v, forget=True),
     "truth_ratio retain": lambda v: metrics.truth_ratio(v, forget=False),
     "normalised_probability": lambda v: metrics.normalised_probability(v, [[1.0]] * len(v)),
+    "truth_preference": metrics.truth_preference,
     "truth_ratio_values": lambda v: metrics.truth_ratio_values(v, [[1.0]] * len(v)),
     "forget_quality first": lambda v: metrics.forget_quality(v, [1.0]),
     "forget_quality second": lambda v: metrics.forget_quality([1.0], v),
@@ -149,6 +150,11 @@ def test_truth_ratio_is_geometric():
     """By hand: sqrt(.1 * .4) / .5 = .4; the arithmetic mean of TOFU's in-training evaluation gives .25 / .5 = .5."""
     ratio = metrics.truth_ratio_values([-math.log(0.5)], [[-math.log(0.1), -math.log(0.4)]])
     assert ratio == pytest.approx([0.4]) and ratio != pytest.approx([0.5])
+
+
+def test_truth_preference_is_the_share_below_one_and_ties_count_half():
+    assert metrics.truth_preference([0.5, 0.9, 1.0, 4.0]).value == pytest.approx(2.5 / 4)
+    assert metrics.truth_preference([1.0]).value == 0.5
 
 
 def test_truth_ratio_scores_by_hand():

@@ -88,7 +88,10 @@ def test_a_search_from_spec_to_best_runs(spec, out, monkeypatch):
     measured = []
     real = stages.measure
     monkeypatch.setattr(stages, "measure", lambda *args, **given: measured.append(1) or real(*args, **given))
-    result = search(spec(), SearchSettings(out=str(out)))
+    first = search(spec(), SearchSettings(out=str(out), trials_only=True))
+    assert not list((out / "best").iterdir()) and not list((out / "evaluations").iterdir())
+    result = search(spec(), SearchSettings(out=str(out), resume=True))
+    assert all(first["methods"][name]["chosen"] == row["chosen"] for name, row in result["methods"].items())
     assert [(x["method"], x["trial"]) for x in lines(out)] == [(m, i) for m in METHODS for i in range(2)]
     assert all(x["state"] == "complete" and x["seconds"] > 0 for x in lines(out))
     assert len(measured) == 1  # for vila and fila, all trials and the best runs: one set of moments

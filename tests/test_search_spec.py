@@ -140,6 +140,16 @@ def test_forgetting_past_what_cannot_be_known_is_not_rewarded():
     assert chosen([past, short], LEVEL, 0.95) is past
 
 
+def test_what_is_known_in_other_words_counts_down_to_no_preference():
+    level = LEVEL | {"truth_preference": 0.5}
+    told, told_less, past = (line(i, 0.0, 0.97, 0.0) for i in range(3))
+    for trial, preference in ((told, 0.8), (told_less, 0.6), (past, 0.3)):
+        trial["scores"]["truth_preference"] = preference
+    assert known(told["scores"], level) > known(told_less["scores"], level) > known(past["scores"], level)
+    past["scores"]["truth_preference"], told_less["scores"]["truth_preference"] = 0.1, 0.5
+    assert known(told_less["scores"], level) == known(past["scores"], level)
+
+
 def test_without_a_level_probability_does_not_count():
     assert chosen([line(0, 0.1, 0.96, 1e-9), line(1, 0.1, 0.97, 0.5)], NO_LEVEL, 0.95)["trial"] == 1
 

@@ -156,6 +156,16 @@ def truth_ratio(values: Floats, *, forget: bool, seed: int = 0) -> Score:
     return mean_score(np.maximum(0, 1 - ratios), seed=seed)
 
 
+def truth_preference(values: Floats, *, seed: int = 0) -> Score:
+    """Share of examples whose paraphrased answer the model finds likelier than the wrong ones (R < 1), in [0, 1].
+
+    `values` are R of `truth_ratio_values`. A model that does not know has about 1/2, whatever probability it gives to
+    either, so what is left in other words shows without a retrained model (ours). R = 1 counts half.
+    """
+    ratios = _ratios(values, "truth preference")
+    return mean_score(np.where(ratios == 1, 0.5, ratios < 1), seed=seed)
+
+
 def _ratios(values: Floats, what: str) -> np.ndarray:
     ratios = finite_vector(values, what)
     negative = np.flatnonzero(ratios < 0)

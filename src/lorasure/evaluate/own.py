@@ -82,7 +82,7 @@ def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Sco
             found[name] = utility(evaluation, kept=["retain"], without=[*without, *offered])
     if not evaluation.about["borrowed"]:
         return found
-    rest = [name for name in found if "truth_ratio" in name or name == "forget_quality" or "utility" in name]
+    rest = [name for name in found if "truth_" in name or name == "forget_quality" or "utility" in name]
     return found | {name: replace(found[name], extra={**found[name].extra, "note": BORROWED}) for name in rest}
 
 

@@ -15,6 +15,7 @@ from .metrics import (
     model_utility,
     normalised_probability,
     probability,
+    truth_preference,
     truth_ratio,
 )
 from .representation import cka_score
@@ -37,6 +38,7 @@ METRICS = {
     "probability": Metric("Probability", TOFU, probability),
     "normalised_probability": Metric("Probability among the wrong answers", TOFU, normalised_probability),
     "truth_ratio": Metric("Truth ratio", TOFU, truth_ratio),
+    "truth_preference": Metric("Truth preferred to wrong answers", TOFU, truth_preference),
     "forget_quality": Metric("Forget quality (log10 p)", TOFU, forget_quality),
     "model_utility": Metric("Model utility", TOFU, model_utility),
     "exact_memorisation": Metric("Exact memorisation", OPEN_UNLEARNING, exact_memorisation),

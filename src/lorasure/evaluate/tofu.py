@@ -23,6 +23,7 @@ from .metrics import (
     model_utility,
     normalised_probability,
     probability,
+    truth_preference,
     truth_ratio,
     truth_ratio_values,
 )
@@ -74,7 +75,10 @@ def ratios(evaluation: Evaluation, name: str, mean: str = "geometric") -> list[f
 
 
 def set_scores(evaluation: Evaluation, name: str, mean: str = "geometric") -> dict[str, Score]:
-    """Probability, ROUGE and truth ratio of one set, TOFU's three; undefined where the records do not have them."""
+    """Probability, ROUGE and truth ratio of one set, TOFU's three; undefined where the records do not have them.
+
+    For the forget set also the truth preference, where there are wrong answers.
+    """
     seed, n = SEEDS.get(name, 0), len(evaluation.records(name))
     offered = evaluation.has(name, "wrong_nll")
     nll = evaluation.column(name, "nll")
@@ -88,6 +92,8 @@ def set_scores(evaluation: Evaluation, name: str, mean: str = "geometric") -> di
     found["truth_ratio"] = Score(None, n, reason=f"the set '{name}' has no wrong answers to compare with")
     if offered:
         found["truth_ratio"] = truth_ratio(ratios(evaluation, name, mean), forget=name == "forget", seed=seed)
+    if offered and name == "forget":
+        found["truth_preference"] = truth_preference(ratios(evaluation, name), seed=seed)
     return found
 
 

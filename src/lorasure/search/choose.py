@@ -12,17 +12,20 @@ MEASURED = {  # name here -> name in a suite's scores
     "forget_probability": "forget_probability",
     "utility": "model_utility_without_rouge",
 }
+PREFERENCE = "truth_preference"  # measured as well where the rows bring wrong answers
+NO_PREFERENCE = 0.5
 NO_LEVEL = {"extraction_strength": 0.0}  # where there are no wrong answers
 
 
 def known(scores: Values, level: Values) -> float:
     """How much of the forget set is still known, in [0, 1], less is better: the measure that selects.
 
-    The mean of extraction strength and probability, each no lower than its `level`, which is what the original model
-    shows on wrong answers to the same questions, text that it cannot know. Either alone, and unbounded, would reward
-    forgetting too much: both fall far below what a model shows that never saw the text (extraction strength because a
-    loss such as ihl lets no right token be the most probable), and forget quality and membership attacks see that.
-    Without wrong answers extraction strength alone counts, which at least ends at 0.
+    The mean of extraction strength, probability and truth preference, each no lower than its `level`. Of the first two
+    that is what the original model shows on wrong answers to the same questions, text that it cannot know. Unbounded,
+    they would reward forgetting too much: both fall far below what a model shows that never saw the text (extraction
+    strength because a loss such as ihl lets no right token be the most probable), and forget quality and membership
+    attacks see that. The third has a level of 1/2, no preference, and sees what is still known in other words. Without
+    wrong answers extraction strength alone counts, which at least ends at 0.
     """
     return sum(max(scores[name], least) for name, least in level.items()) / len(level)
 

@@ -27,20 +27,20 @@ TRIALS = "trials.jsonl"
 REFERENCE = "retrained"
 
 
-def finish(study: Study, runner: Runner, reporter: Reporter) -> dict[str, Any]:
+def finish(study: Study, runner: Runner, reporter: Reporter, *, trials_only: bool) -> dict[str, Any]:
     """The runs in best/, their evaluations, the picture and result.json, whose content is returned; once for all.
 
-    Only here forget quality is measured, if there is a retrained model to compare with.
+    Only here forget quality is measured, if there is a retrained model to compare with. `trials_only`: no runs.
     """
     folder, spec, original = study.folder, study.spec, runner.measure.original
     with queued(folder / BEST):
         result = _result(study, original)
         picked = {name: row["chosen"] for name, row in result["methods"].items() if row["chosen"]}
         runs = {}
-        for name, line in picked.items():
+        for name, line in () if trials_only else picked.items():
             runs[name] = runner.settings(Trial(name, line["trial"], line["params"]), folder / BEST / name)
         runner.bench.release_model()  # every run loads its own
-        reference = _reference(spec, folder, reporter) if picked else None
+        reference = _reference(spec, folder, reporter) if runs else None
         for name, settings in runs.items():
             _run(settings, reporter)
             measured = replace(spec.evaluation, adapter=settings.out, reference=reference)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts, evaluating
+from ..data.examples import Row
 from ..data.pairing import sample
 from ..errors import UsageError
 from ..evaluate.collect import EvaluationSet, Subject, collect
@@ -19,7 +20,7 @@ from ..evaluate.tofu import memorisation, set_scores
 from ..lock import queued
 from ..progress import Reporter
 from ..workbench import Workbench
-from .choose import MEASURED, NO_LEVEL, Values
+from .choose import MEASURED, NO_LEVEL, NO_PREFERENCE, PREFERENCE, Values
 from .spec import Spec
 
 ORIGINAL = "original.json"
@@ -43,7 +44,8 @@ class Measure:
         """The scores in MEASURED, as JSON."""
         records = evaluating.measure(self._subject(model), self.suite, sets, self.settings, Reporter(quiet=True))
         found = self.suite.score(Evaluation("trial", self.about, records), None)
-        return {name: _defined(found, theirs).to_json() for name, theirs in MEASURED.items()}
+        wanted = MEASURED | ({PREFERENCE: f"forget_{PREFERENCE}"} if self._offered else {})
+        return {name: _defined(found, theirs).to_json() for name, theirs in wanted.items()}
 
     def utility(self, model: Any) -> float:
         """That of the watched rows alone."""
@@ -75,16 +77,21 @@ class Measure:
 
         Answers borrowed from other rows will not do: the model may know those by heart.
         """
-        [forget] = [s for s in self.sets if s.name == "forget"]
-        offered = [row for row in forget.rows if row.extra.get("perturbed_answer") and "borrowed" not in row.extra]
-        if not offered:
+        if not self._offered:
             return NO_LEVEL
-        wrong = tuple(replace(row, answer=_first(row.extra["perturbed_answer"]), extra={}) for row in offered)
+        wrong = tuple(replace(row, answer=_first(row.extra["perturbed_answer"]), extra={}) for row in self._offered)
         records = collect(self._subject(self.bench.model), EvaluationSet("forget", wrong))
         found = Evaluation("wrong answers", self.about, {"forget": records})
         strength = _defined(memorisation(found, "forget"), "extraction_strength").value
         probability = _defined(set_scores(found, "forget"), "probability").value
-        return {"extraction_strength": strength or 0.0, "forget_probability": probability or 0.0}
+        known = {"extraction_strength": strength or 0.0, "forget_probability": probability or 0.0}
+        return known | {PREFERENCE: NO_PREFERENCE}
+
+    @cached_property
+    def _offered(self) -> list[Row]:
+        """The forget rows that bring wrong answers of their own."""
+        [forget] = [s for s in self.sets if s.name == "forget"]
+        return [row for row in forget.rows if row.extra.get("perturbed_answer") and "borrowed" not in row.extra]
 
     def to_be(self) -> Evaluation:
         """The evaluation that every trial will be, without what is measured."""

@@ -54,7 +54,7 @@ def search(spec_path: Path, settings: SearchSettings, reporter: Reporter | None 
         with _helpers(spec_path, settings, study):
             _share_cores(settings.workers)
             work(study, runner, reporter)
-        return finish(study, runner, reporter)
+        return finish(study, runner, reporter, trials_only=settings.trials_only)
     except BaseException as error:
         error.add_note(KEPT)
         raise

@@ -16,4 +16,7 @@ class SearchSettings(JsonSettings):
     resume: bool = option(
         False, "go on with the search in --out, or join it from another terminal or machine, with the same SPEC"
     )
+    trials_only: bool = option(
+        False, "stop when all trials are finished: make no runs of the best, measure no forget quality"
+    )
     workers: int = option(1, "processes here that run trials; each of them loads the model", low=1)
