@@ -16,6 +16,10 @@ FAINT = 1e-4
 # On a Gaussian matrix, the flattest spectrum there is (1536 x 1536, r = 8), 8 blocks lose 5e-4 of the top-r energy;
 # 8 power iterations that keep only the last block lose 2e-2, for the same number of products with the matrix.
 KRYLOV_STEPS = 8
+# eigh of a 1024 x 1024 matrix takes .5 s on a core, of 11008 x 11008 (the MLP of a 7B model) ten minutes. On a contrast
+# of two spectra that fall like 1/n and share a direction 300 times as strong (1536 x 1536, r = 16), 8 blocks hold .9987
+# of the sum of the top-r eigenvalues and 16 all of it, to 4 digits.
+EIGH_UP_TO, EIGEN_STEPS = 1024, 16
 
 
 def check_rank(matrix: torch.Tensor, rank: int) -> None:
@@ -38,9 +42,17 @@ def align_signs(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def top_eigenvectors(symmetric: torch.Tensor, rank: int) -> torch.Tensor:
-    """Eigenvectors (n, r) of the r largest (not largest absolute) eigenvalues of `symmetric` (n, n), downwards."""
+    """Eigenvectors (n, r) of the r largest (not largest absolute) eigenvalues of `symmetric` (n, n), downwards.
+
+    Exact where that is quick; else the best that a block Krylov space holds, which finds both ends of the spectrum.
+    """
     check_rank(symmetric, rank)
-    vectors = torch.linalg.eigh(wide(require_finite(symmetric, "the second moment"))).eigenvectors
+    matrix, block = wide(require_finite(symmetric, "the second moment")), rank + OVERSAMPLING
+    if len(matrix) > max(EIGH_UP_TO, block * (EIGEN_STEPS + 1)):
+        basis = _symmetric_krylov_basis(matrix, block)
+        vectors = basis @ torch.linalg.eigh(basis.T @ matrix @ basis).eigenvectors
+    else:
+        vectors = torch.linalg.eigh(matrix).eigenvectors
     vectors = vectors[:, -rank:].flip(1)  # eigh sorts upwards
     return align_signs(vectors, vectors)[1]
 
@@ -89,14 +101,35 @@ def product_singular(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Ten
     return u, s, v
 
 
-def _krylov_basis(matrix: torch.Tensor, block: int) -> torch.Tensor:
-    """Orthonormal columns spanning M G, (M M^T) M G, ..., each block made orthonormal before it grows; G is Gaussian.
+def _symmetric_krylov_basis(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """Orthonormal columns spanning M G, M^2 G, ...; G is Gaussian.
 
-    The blocks are float32, for speed: they only point at a subspace, and what is read off it is float64 again.
+    Each block is made orthogonal to all before it: a direction that outweighs the rest, as every contrast has one that
+    both sets share, would else be all that later blocks hold.
+    """
+    single, start = _single(matrix, block)
+    blocks = [torch.linalg.qr(single @ start).Q]
+    for _ in range(EIGEN_STEPS):
+        grown = single @ blocks[-1]
+        for earlier in blocks:
+            grown = grown - earlier @ (earlier.T @ grown)
+        blocks.append(torch.linalg.qr(grown).Q)
+    return torch.linalg.qr(torch.cat(blocks, dim=1).double()).Q
+
+
+def _single(matrix: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix (m, n) in float32, its largest entry 1, and Gaussian columns (n, block) to multiply it with.
+
+    For speed: the blocks only point at a subspace, and what is read off it is float64 again.
     """
     generator = torch.Generator().manual_seed(0)  # our own, so the result depends on nothing but the matrix
     start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix.device)
-    single = (matrix / matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)).float()  # a zero matrix stays zero
+    return (matrix / matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)).float(), start  # zero stays zero
+
+
+def _krylov_basis(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """Orthonormal columns spanning M G, (M M^T) M G, ..., each block made orthonormal before it grows; G as above."""
+    single, start = _single(matrix, block)
     blocks = [torch.linalg.qr(single @ start).Q]
     for _ in range(KRYLOV_STEPS):
         blocks.append(torch.linalg.qr(single @ (single.T @ blocks[-1])).Q)
