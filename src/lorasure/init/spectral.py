@@ -102,35 +102,30 @@ def product_singular(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Ten
 
 
 def _symmetric_krylov_basis(matrix: torch.Tensor, block: int) -> torch.Tensor:
-    """Orthonormal columns spanning M G, M^2 G, ...; G is Gaussian.
+    """Orthonormal columns spanning M G, M^2 G, ..., each block made orthonormal before it grows; G is Gaussian.
 
-    Each block is made orthogonal to all before it: a direction that outweighs the rest, as every contrast has one that
-    both sets share, would else be all that later blocks hold.
+    In float64 throughout: both sets share directions that outweigh the rest of their contrast by 1e8 (massive
+    activations), beside which float32 would round the rest away.
     """
-    single, start = _single(matrix, block)
-    blocks = [torch.linalg.qr(single @ start).Q]
+    blocks = [torch.linalg.qr(matrix @ _gaussian(matrix, block).double()).Q]
     for _ in range(EIGEN_STEPS):
-        grown = single @ blocks[-1]
-        for earlier in blocks:
-            grown = grown - earlier @ (earlier.T @ grown)
-        blocks.append(torch.linalg.qr(grown).Q)
-    return torch.linalg.qr(torch.cat(blocks, dim=1).double()).Q
+        blocks.append(torch.linalg.qr(matrix @ blocks[-1]).Q)
+    return torch.linalg.qr(torch.cat(blocks, dim=1)).Q
 
 
-def _single(matrix: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix (m, n) in float32, its largest entry 1, and Gaussian columns (n, block) to multiply it with.
-
-    For speed: the blocks only point at a subspace, and what is read off it is float64 again.
-    """
+def _gaussian(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """Columns (n, block) to multiply a matrix (m, n) with, float32."""
     generator = torch.Generator().manual_seed(0)  # our own, so the result depends on nothing but the matrix
-    start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix.device)
-    return (matrix / matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)).float(), start  # zero stays zero
+    return torch.randn(matrix.shape[1], block, generator=generator).to(matrix.device)
 
 
 def _krylov_basis(matrix: torch.Tensor, block: int) -> torch.Tensor:
-    """Orthonormal columns spanning M G, (M M^T) M G, ..., each block made orthonormal before it grows; G as above."""
-    single, start = _single(matrix, block)
-    blocks = [torch.linalg.qr(single @ start).Q]
+    """Orthonormal columns spanning M G, (M M^T) M G, ..., each block made orthonormal before it grows; G is Gaussian.
+
+    The blocks are float32, for speed: they only point at a subspace, and what is read off it is float64 again.
+    """
+    single = (matrix / matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)).float()  # a zero matrix stays zero
+    blocks = [torch.linalg.qr(single @ _gaussian(matrix, block)).Q]
     for _ in range(KRYLOV_STEPS):
         blocks.append(torch.linalg.qr(single @ (single.T @ blocks[-1])).Q)
     return torch.linalg.qr(torch.cat(blocks, dim=1).double()).Q
