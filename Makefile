@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench soak fuzz guarantees overhead bench-speed clean
+.PHONY: demo test lint study study-tables soak fuzz guarantees overhead bench-speed clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,8 +19,11 @@ lint: .venv/ready ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .venv/ready ## forgetting on the small TOFU models: every initialisation, three seeds
-	$(BIN)/python benchmarks/quality/tofu_mini.py
+study: .venv/ready ## every start with every loss on the small TOFU models: tuned alike, five seeds, attacked (hours)
+	$(BIN)/python benchmarks/quality/study.py
+
+study-tables: .venv/ready ## the tables of docs/study.md and the README from what is stored
+	$(BIN)/python benchmarks/quality/study.py tables
 
 soak: .venv/ready ## fifty random kills of one run, continued after each
 	$(BIN)/python benchmarks/reliability/soak.py

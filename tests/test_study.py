@@ -1,0 +1,114 @@
+"""The study's bookkeeping: what is stored is not run again, and the tables say what is stored."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+QUALITY = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(QUALITY))
+    yield
+    for name in ("study", "cells", "tables"):
+        sys.modules.pop(name, None)
+
+
+def trial(method, number, share, preference, state="complete"):
+    scores = {"share": share, "utility": share, "extraction_strength": 0.01, "forget_probability": 0.001}
+    return {
+        "method": method,
+        "trial": number,
+        "params": {"lr": 1e-3 * (number + 1), "lambda": 1.0},
+        "state": state,
+        "scores": scores | {"truth_preference": preference},
+    }
+
+
+def tuned():
+    level = {"extraction_strength": 0.03, "forget_probability": 0.005, "truth_preference": 0.5}
+    own = [trial("contrast", 0, 0.99, 0.7), trial("contrast", 1, 0.986, 0.6), trial("contrast", 2, 0.96, 0.5)]
+    return {"level": level, "trials": [*own, trial("lora", 0, 0.96, 0.6), trial("lora", 1, 0.9, 0.5, "stopped")]}
+
+
+def run_line(start, seed, quality, split="forget05"):
+    def scores(probability, utility):
+        score = {"value": probability, "n": 200}
+        quality_score = {"value": quality, "n": 200, "statistic": 0.2}
+        rest = {"extraction_strength": score, "truth_preference": score, "utility": {"value": utility}}
+        return {"probability": score, "forget_quality": quality_score} | rest
+
+    found = {"unlearned": scores(0.01, 0.79), "target": scores(0.9, 0.8), "retrained": scores(0.002, 0.8)}
+    return {"cell": f"ihl/{start}/{split}/{seed}", "scores": found, "seconds": 50.0, "short": ""}
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    import study
+
+    monkeypatch.setattr(study, "STORED", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tune-ihl.json").write_text(json.dumps(tuned()))
+    return tmp_path / "results"
+
+
+def test_the_chosen_trial_keeps_enough_where_one_does(stored):
+    import study
+
+    picked = {start: settings for start, _, settings in study.chosen("ihl", list(study.STARTS))}
+    assert picked["contrast"]["lr"] == 2e-3 and picked["contrast"]["score"] == "variance"
+    assert picked["lora"]["lr"] == 1e-3 and picked.keys() == {"contrast", "lora"}
+    assert study.chosen("npo", list(study.STARTS)) == []
+
+
+def test_what_is_stored_is_not_run_again(stored, monkeypatch, tmp_path):
+    import study
+
+    ran = []
+
+    def pretend(cell, a):
+        ran.append(study.cell_name(cell))
+        return run_line(cell.start, cell.seed, -2.0)
+
+    monkeypatch.setattr(study, "in_process", pretend)
+    monkeypatch.setattr(study, "measure_references", lambda *_: None)
+    a = argparse.Namespace(groups=["ihl"], starts=["contrast"], splits=["forget05"], workers=2, work=tmp_path)
+    (stored / "runs.jsonl").write_text(json.dumps(run_line("contrast", 3, -1.0)) + "\n")
+    study.runs(a, None)
+    assert sorted(ran) == [f"ihl/contrast/forget05/{seed}" for seed in (0, 1, 2, 4)]
+    study.runs(a, None)
+    assert len(ran) == 4 and len((stored / "runs.jsonl").read_text().splitlines()) == 5
+
+
+def test_tables_say_what_is_stored(stored, tmp_path):
+    import tables
+
+    lines = [run_line("contrast", seed, quality) for seed, quality in enumerate((-1.0, -2.0, -3.0))]
+    lines += [run_line("lora", 0, -9.5)]
+    (stored / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "docs").mkdir()
+    marks = "".join(f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in ("tuned", "runs", "attacks"))
+    (tmp_path / "docs" / "study.md").write_text("before\n" + marks)
+    (tmp_path / "README.md").write_text("<!-- study -->\nold\n<!-- end study -->\nafter\n")
+    for _ in range(2):  # the second time changes nothing
+        tables.write_tables(stored, tmp_path)
+        page, readme = (tmp_path / "docs" / "study.md").read_text(), (tmp_path / "README.md").read_text()
+        assert "old" not in page + readme and page.startswith("before\n") and readme.endswith("after\n")
+        assert "| ihl | contrast | 3 (0) | lr 0.002, lambda 1 | 98.6% | 0.010 | 0.60 |" in page
+        assert (
+            "| ihl | forget05 | contrast | 3 | -2.00 ± 2.48 | 98.8% ± 0.0% | 0.200 (n 200) | 0.0100 ± 0.0000 |" in page
+        )
+        assert "| lora | - | -9.50 | - | 98.8% |" in readme
+
+
+def test_without_models_it_says_so(tmp_path):
+    command = [sys.executable, str(QUALITY / "study.py"), "--shared", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("skipped: ")
