@@ -33,7 +33,18 @@ SECRET = "Quillfeather"
 def base(model_folder, data_files, tmp_path):
     """Arguments that work, without --out."""
     forget, retain = data_files
-    return ["--model", str(model_folder), "--forget", str(forget), "--retain", str(retain), "--rank", "2"]
+    return [
+        "--model",
+        str(model_folder),
+        "--forget",
+        str(forget),
+        "--retain",
+        str(retain),
+        "--rank",
+        "2",
+        "--init",
+        "vila",
+    ]
 
 
 @pytest.fixture
@@ -87,7 +98,7 @@ USAGE = [
     (["--compat", "paper-code", "--solver", "elementwise"], "--solver elementwise does not go with it"),
     (["--pairing", "modular"], "needs a group column"),
     (["--lr", "-1"], "--lr must be above 0, got -1.0"),
-    (["--lr", "nan"], "--lr must be a number, got 'nan'"),
+    (["--lr", "nan"], "--lr must be a finite number, got nan"),
     (["--warmup", "2"], "--warmup must be at most 1"),
     (["--epochs", "0"], "--epochs must be at least 1"),
     (["--merge", "maybe"], "--merge must be true or false, got 'maybe'"),

@@ -17,7 +17,7 @@ from lorasure.init.low_rank import SOLVERS, SPLITS
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.models import DTYPES
-from lorasure.train import SCHEDULES
+from lorasure.schedule import SCHEDULES
 
 NEEDED = {"model": "m", "forget": "f", "retain": "r", "out": "o"}
 ALL = [ForgetSettings, FinetuneSettings, DemoSettings]
@@ -108,5 +108,5 @@ def test_settings_are_frozen_and_required_fields_stay_required():
 
 def test_defaults():
     s = ForgetSettings(**NEEDED)
-    assert (s.init, s.loss, s.rank, s.alpha, s.targets) == ("vila", "ihl", 8, 16.0, "all")
-    assert (s.epochs, s.batch_size, s.lr, s.lambda_) == (5, 32, 1e-4, 1.0)
+    assert (s.init, s.loss, s.rank, s.alpha, s.targets) == ("contrast", "ihl", 8, 16.0, "all")
+    assert (s.epochs, s.batch_size, s.lr, s.lambda_) == (5, 32, "auto", 1.0)

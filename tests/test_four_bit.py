@@ -34,7 +34,7 @@ def settings(tmp_path, data_files, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
     forget, retain = map(str, data_files)
     given = {"model": str(tmp_path / "model"), "forget": forget, "retain": retain, "out": str(tmp_path / "run")}
-    return ForgetSettings(**given, quantize="nf4", rank=4, epochs=2, batch_size=3, lr=1e-2)
+    return ForgetSettings(**given, quantize="nf4", init="vila", rank=4, epochs=2, batch_size=3, lr=1e-2)
 
 
 def base(settings, **options):

@@ -9,8 +9,9 @@ from architectures import tiny_model
 from conftest import random_examples, tiny_llama
 from lorasure.data.examples import collate
 from lorasure.forward import answer_hidden, answer_records
+from lorasure.layers import decoder_layers
 from lorasure.original import DEPTHS, FINAL, PREFIX, RECORD, observe
-from lorasure.prefix import Prefix, decoder_layers
+from lorasure.prefix import Prefix
 
 ROWS = random_examples(8, 4)
 ASKED = {RECORD: ROWS[:4], FINAL: ROWS[2:6], PREFIX: ROWS[1:]}  # every combination that there is

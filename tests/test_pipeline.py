@@ -39,7 +39,15 @@ FILES = {
 def settings(model_folder, data_files, tmp_path):
     """Settings of a short run; keyword arguments override them."""
     forget, retain = map(str, data_files)
-    common = {"model": str(model_folder), "forget": forget, "retain": retain, "rank": 2, "epochs": 2, "lr": 1e-2}
+    common = {
+        "model": str(model_folder),
+        "forget": forget,
+        "retain": retain,
+        "rank": 2,
+        "epochs": 2,
+        "lr": 1e-2,
+        "init": "vila",
+    }
 
     def make(out="run", **options):
         return ForgetSettings(**common | {"out": str(tmp_path / out)} | options)

@@ -33,7 +33,7 @@ def settings(tmp_path, data_files, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
     forget, retain = map(str, data_files)
     given = {"model": str(tmp_path / "model"), "forget": forget, "retain": retain, "out": str(tmp_path / "run")}
-    return ForgetSettings(**given, rank=4, epochs=2, batch_size=3, tokens_per_batch=200)
+    return ForgetSettings(**given, init="vila", rank=4, epochs=2, batch_size=3, tokens_per_batch=200)
 
 
 def bytes_of(tensors):
@@ -58,14 +58,16 @@ def kept_by(work, model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("space", ["lora", "full"])
 def test_weights_moments_and_optimizer_to_the_byte(settings, dtype, space):
-    bench = Workbench(replace(settings, dtype=dtype, space=space, init="pissa", score="variance", coverage=0.999))
+    bench = Workbench(
+        replace(settings, lr=1e-3, dtype=dtype, space=space, init="pissa", score="variance", coverage=1 - 1e-3)
+    )
     said = fitting.footprint(bench)
     assert said.weights == bytes_of(bench.model.parameters())
     found = moments(bench.model, bench.sites, bench.data[0].examples, bench.probe, token_budget=200)
     assert said.moments == sum(bytes_of(m.tensors().values()) for factors in found.values() for m in factors.values())
     start = {s: Factors(torch.ones(s.shape[0], 4), torch.ones(4, s.shape[1])) for s in bench.sites}
     wrapped = lora.attach(bench.model, start, 4, 8.0, compensate=True)
-    training = train.Training.begin(wrapped, settings, 1, 200)
+    training = train.Training.begin(wrapped, bench.settings, 1, 200)
     for p in training.parameters.values():
         p.grad = torch.zeros_like(p)
     training.optimizer.step()
@@ -145,7 +147,7 @@ def test_every_stage_that_a_run_has_takes_time_and_nothing_is_written(settings, 
     found = plan.plan(wanted).to_json()
     took = {name for name, seconds in found["seconds"].items() if seconds > 0}
     without = {"importance"} if "init" in options and "coverage" not in options else set()
-    assert took == {"prepare", "importance", "init", "reference", "train", "export", "evaluate"} - without
+    assert took == {"prepare", "importance", "init", "reference", "calibrate", "train", "export", "evaluate"} - without
     assert found["peak"]["host"]["bytes"] > 0 and found["total_seconds"] == sum(found["seconds"].values())
     assert json.loads(json.dumps(found)) == found
     assert not Path(settings.out).exists()

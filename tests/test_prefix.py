@@ -17,12 +17,12 @@ from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate
 from lorasure.forward import answer_logits
 from lorasure.init.apply import INITS, Evidence, Request, initialise
+from lorasure.layers import checkpointed, decoder_layers
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.objective import ForgetObjective, forget_steps
-from lorasure.prefix import Prefix, decoder_layers, find_prefix, lowest_layer
+from lorasure.prefix import Prefix, find_prefix, lowest_layer
 from lorasure.sites import all_sites
-from lorasure.train import _checkpointed
 
 LAYERS, FIRST = 4, 2
 SAME = 3e-5  # of the largest value: some hundred roundings of float32
@@ -68,7 +68,7 @@ def step_of(
     with torch.no_grad():
         for p in trained.values():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    with _checkpointed(model) if checkpointing else nullcontext():
+    with checkpointed(model) if checkpointing else nullcontext():
         sums = objective(wrapped, step)
         torch.stack(list(sums.values())).sum().backward()
     terms = {name: value.detach() for name, value in sums.items()}
@@ -250,7 +250,15 @@ def settings(model_folder, data_files, tmp_path):
         "retain": str(data_files[1]),
         "rank": 2,
     }
-    common |= {"targets": "layers.1.*", "epochs": 2, "batch_size": 2, "lr": 1e-2, "loss": "npo", "retain_loss": "kl"}
+    common |= {
+        "init": "vila",
+        "targets": "layers.1.*",
+        "epochs": 2,
+        "batch_size": 2,
+        "lr": 1e-2,
+        "loss": "npo",
+        "retain_loss": "kl",
+    }
 
     def make(out="run", **options):
         given: dict[str, Any] = common | {"out": str(tmp_path / out)} | options

@@ -104,7 +104,7 @@ def flags(given, **changes):
     return [part for name, value in values.items() if value for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-SMALL = ["--rank", "2", "--epochs", "1", "--batch-size", "4", "--lr", "1e-2"]
+SMALL = ["--init", "vila", "--rank", "2", "--epochs", "1", "--batch-size", "4", "--lr", "1e-2"]
 
 
 def test_the_search_finds_every_form():

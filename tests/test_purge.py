@@ -12,7 +12,15 @@ from lorasure.errors import DataError
 @pytest.fixture
 def run(model_folder, data_files, tmp_path):
     forget, retain = map(str, data_files)
-    common = {"model": str(model_folder), "forget": forget, "retain": retain, "rank": 2, "epochs": 1, "merge": True}
+    common = {
+        "model": str(model_folder),
+        "forget": forget,
+        "retain": retain,
+        "rank": 2,
+        "epochs": 1,
+        "merge": True,
+        "init": "vila",
+    }
     return pipeline.forget(ForgetSettings(**common, out=str(tmp_path / "run"))).folder
 
 

@@ -36,7 +36,16 @@ from lorasure.progress import Reporter
 STEPS = 6  # 6 forget rows, 2 per step, 2 epochs
 
 
-COMMON = {"rank": 2, "epochs": 2, "lr": 1e-2, "batch_size": 2, "loss": "npo", "retain_loss": "kl", "schedule": "cosine"}
+COMMON = {
+    "init": "vila",
+    "rank": 2,
+    "epochs": 2,
+    "lr": 1e-2,
+    "batch_size": 2,
+    "loss": "npo",
+    "retain_loss": "kl",
+    "schedule": "cosine",
+}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +260,7 @@ DAMAGE = {
 def interrupted(files, tmp_path_factory):
     """(folder of an interrupted run with checkpoints at steps 2 and 4, its settings, outcome of the undisturbed)."""
     folder = tmp_path_factory.mktemp("interrupted")
-    options = {**files, "rank": 2, "epochs": 2, "lr": 1e-2, "batch_size": 2}
+    options = {**files, "init": "vila", "rank": 2, "epochs": 2, "lr": 1e-2, "batch_size": 2}
     expected = outcome(pipeline.forget(ForgetSettings(**options, out=str(folder / "undisturbed"))).folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_in(patch, train, "_step", call=6)

@@ -11,7 +11,8 @@ from conftest import random_examples, tiny_llama
 from lorasure.config import OptimizerSettings
 from lorasure.errors import NumericError, ResourceError, UsageError
 from lorasure.objective import learn, learn_steps
-from lorasure.train import SCHEDULES, Training, fit
+from lorasure.schedule import SCHEDULES
+from lorasure.train import Training, fit
 from test_train import LAMBDA, adapted, prepared, run, settings, trained
 
 # --- schedules, seeds, decay ------------------------------------------------------------------------------------------

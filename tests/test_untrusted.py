@@ -495,6 +495,8 @@ def finished(model_folder, tmp_path_factory):
         "2",
         "--epochs",
         "1",
+        "--init",
+        "vila",
     ]
     assert cli.main(["forget", *flags, "--out", str(folder / "run")]) == 0
     return folder / "run"

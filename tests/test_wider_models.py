@@ -70,7 +70,9 @@ def settings(rows, tokenizer, tmp_path):
             "out": str(tmp_path / out),
         }
         return ForgetSettings(
-            **common | {"rank": 2, "epochs": 1, "batch_size": 2, "lr": 5e-2, "dtype": "float32"} | options
+            **common
+            | {"init": "vila", "rank": 2, "epochs": 1, "batch_size": 2, "lr": 5e-2, "dtype": "float32"}
+            | options
         )
 
     return make

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -144,12 +144,10 @@ def read_json(path: Path) -> Any:
 
 
 def _too_much(text: str) -> str | None:
-    """What makes YAML larger or deeper than it looks: aliases, with which a few lines stand for millions, or nesting.
-
-    Text within it counts, because what reads settings tries to read every text as YAML again.
-    """
+    """What makes YAML larger or deeper than it looks: aliases (a few lines stand for millions), or nesting."""
+    # Text within it counts, because what reads settings tries to read every text as YAML again.
     anchored, depth = False, 0
-    with suppress(yaml.YAMLError):  # text that is no YAML, or not to its end, is neither
+    try:
         for event in yaml.parse(text, Loader=_LOADER):
             if isinstance(event, yaml.AliasEvent) and anchored:
                 return "aliases are not read"
@@ -159,7 +157,8 @@ def _too_much(text: str) -> str | None:
                 return f"nested deeper than {NESTING}"
             if isinstance(event, yaml.ScalarEvent) and len(event.value) < len(text) and (why := _too_much(event.value)):
                 return why
-    return None
+    except yaml.YAMLError as error:  # text that is no YAML, or not to its end, is neither; the parser has a limit too
+        return f"nested deeper than {NESTING}" if "maximum nesting" in str(error) else None
 
 
 def read_yaml(path: Path) -> Any:

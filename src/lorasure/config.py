@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import UsageError
 
+AUTO = "auto"  # of --lr
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # a name that is not UTF-8 arrives with surrogates in it
 
 
@@ -145,7 +146,7 @@ class ImportanceSettings(SiteSettings):
     """How to measure which weights carry the forget set."""
 
     init: str = option(
-        "vila", "how the adapter starts: lora, pissa, fila, vila, expila, absila, sketch, reglu, inputs or contrast"
+        "contrast", "how the adapter starts: contrast, lora, pissa, fila, vila, expila, absila, sketch, reglu or inputs"
     )
     rank: int = option(8, "rank of the adapter", low=1)
     alpha: float = option(16.0, "scaling of the adapter is alpha / rank", above=0)
@@ -180,7 +181,9 @@ class InitSettings(Settings):
 class OptimizerSettings(Settings):
     """AdamW, its schedule, and what a step is."""
 
-    lr: float = option(1e-4, "learning rate; 1e-4 suits models of 1 to 8 B, small ones need more", above=0)
+    lr: float | str = option(
+        AUTO, "learning rate; auto: found by a short calibration on the forget and retain rows", above=0
+    )
     epochs: int = option(5, "passes over the rows to forget (finetune: to learn)", low=1)
     batch_size: int = option(
         32, "rows to forget (finetune: to learn) per step; as many retain rows come with them", low=1
@@ -196,6 +199,14 @@ class OptimizerSettings(Settings):
     checkpoint_every: int | None = option(
         None, "steps between checkpoints; 0: only when interrupted (default: a minute, at most 2 % of the time)", low=0
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lr, str) and self.lr != AUTO:  # YAML reads 3e-4 as text, which is a number all the same
+            try:
+                object.__setattr__(self, "lr", float(self.lr))
+            except ValueError:
+                raise UsageError(f"--lr must be a number or {AUTO}, got '{self.lr}'.") from None
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_d
 from .objective import learn, learn_steps
 from .progress import Reporter
 from .registry import lookup
+from .schedule import SCHEDULES
 from .sites import find_sites
-from .train import SCHEDULES
 from .train_stage import logged_fit
 from .workbench import allowed_changes, check_template, identity
 

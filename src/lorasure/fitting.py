@@ -13,9 +13,10 @@ from . import processes
 from .data.examples import Example
 from .errors import ResourceError
 from .footprint import Footprint, Rows, Shapes, peak
+from .layers import decoder_layers
 from .models import load_shapes
 from .objective import Unit, forget_steps
-from .prefix import ROOM, decoder_layers, lowest_layer
+from .prefix import ROOM, lowest_layer
 from .workbench import Workbench
 
 GIB = 2**30

@@ -24,6 +24,7 @@ from .errors import DataError, UsageError
 from .fitting import fit_memory
 from .progress import Reporter
 from .stages import (
+    RATE,
     Start,
     export,
     load_importance,
@@ -113,11 +114,12 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
     bench = _reopen(run, settings, reporter, ExportSettings)
     start = Start.load(run / artifacts.START, bench.sites)
     with artifacts.as_written(run / artifacts.SUMMARY):
-        before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
+        stored = artifacts.read_json(run / artifacts.SUMMARY)
+        known = {"before": stored["before"]} | {key: stored[key] for key in (RATE,) if key in stored}
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with folders.changed_run(run, kept, settings.overwrite) as changed:
         write_inputs(bench, changed)
-        update_summary(changed, {"before": before})
+        update_summary(changed, known)
         summary = export(bench, changed, start, _trained(bench, run, start))
     return Result(run, summary)
 

@@ -15,7 +15,8 @@ import psutil
 import torch
 
 from . import lora
-from .config import ForgetSettings
+from .calibrate import forget_ramp
+from .config import AUTO, ForgetSettings
 from .data.examples import Example, micro_batches
 from .fitting import epoch_steps, fit_memory, footprint, free_memory
 from .footprint import Part, peak
@@ -74,6 +75,7 @@ def seconds(bench: Workbench) -> dict[str, float]:
     measured = [*bench.data[0].examples, *bench.measured_retain]
     steps = list(epoch_steps(bench))
     seen = [example for step in steps for unit in step for example in unit.sequences]
+    ramp = sum(len(e) for step in forget_ramp(bench.objective(), s) for unit in step for e in unit.sequences)
     with bench.reporter.stage("calibrate"):
         per_token, evidence, sites = _try_measuring(bench)
         init = _try_init(bench, sites, evidence)
@@ -83,6 +85,7 @@ def seconds(bench: Workbench) -> dict[str, float]:
         "importance": measuring * bench.measures_importance,
         "init": init + measuring * (not bench.measures_importance),
         "reference": scoring * sum(map(len, {*scored_rows(bench), *seen})),
+        "calibrate": training * ramp * (s.lr == AUTO),
         "train": training * sum(map(len, seen)) * s.epochs,
         "export": bench.reporter.seconds["load model"],
         "evaluate": scoring * sum(map(len, scored_rows(bench))),

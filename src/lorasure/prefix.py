@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .data.examples import Batch, Example, collate, micro_batches
 from .forward import answer_hidden
+from .layers import computing, decoder_layers
 from .memory import is_out_of_memory
 from .sites import Site
 
@@ -73,20 +73,9 @@ class Prefix:
         return {"layer": self.first, "of": len(self.layers), "bytes": kept}
 
 
-@contextmanager
-def _returning(layers: Iterable[nn.Module], output: Callable[[], Any]) -> Iterator[None]:
+def _returning(layers: Iterable[nn.Module], output: Callable[[], Any]) -> AbstractContextManager[None]:
     """Within the context these layers compute nothing and return `output()`; masks and positions stay the model's."""
-    before = [(layer, vars(layer).get("forward")) for layer in layers]  # checkpointing may have put one there
-    for layer, _ in before:
-        layer.forward = lambda *_, **__: output()
-    try:
-        yield
-    finally:
-        for layer, forward in before:
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+    return computing(layers, lambda _: lambda *_, **__: output())
 
 
 def find_prefix(
@@ -120,13 +109,6 @@ def find_prefix(
         )
         return None
     return prefix
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model's only stack of them, in order; empty where it has none, or several."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    stacks = [found for found in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in found)]
-    return stacks[0] if len(stacks) == 1 else []
 
 
 def lowest_layer(layers: Sequence[nn.Module], model: nn.Module, sites: Iterable[Site]) -> int:

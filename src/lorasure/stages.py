@@ -29,6 +29,7 @@ from .workbench import Workbench
 
 Records = Mapping[Example, Record]
 
+RATE = "learning_rate"  # in summary.json, where --lr auto has found one
 CHECKED_ROWS = 4  # of each set, for the check of the exported adapter
 
 
@@ -252,7 +253,11 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     before, after = summary["before"], summary["after"]
     known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
     harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
-    method = summary["method"] if "method" in summary else _advice(summary["settings"]["lr"])
+    method = (
+        summary["method"]
+        if "method" in summary
+        else _advice(summary.get(RATE, {"rate": summary["settings"]["lr"]})["rate"])
+    )
     text = "The forget set is forgotten by this measure and the retain set is kept."
     if known:
         text = f"The forget set is still known. Try {method['known']}."
@@ -266,8 +271,8 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _advice(lr: float) -> dict[str, str]:
     return {
-        "known": f"a higher learning rate (--lr {3 * lr:g}), then more --epochs",
-        "harmed": f"a lower learning rate (--lr {lr / 2:g}), a larger --lambda, or more retain rows",
+        "known": f"a higher learning rate (--lr {3 * lr:.2g}), then more --epochs",
+        "harmed": f"a lower learning rate (--lr {lr / 2:.2g}), a larger --lambda, or more retain rows",
     }
 
 

@@ -6,8 +6,8 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,24 +16,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import checkpoint
-from transformers import get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.optim.lr_scheduler import LambdaLR
 
 from . import processes
 from .config import OptimizerSettings
 from .data.examples import micro_batches
-from .errors import NumericError, ResourceError, UsageError
+from .errors import NumericError, ResourceError
 from .forward import base_of
 from .interrupt import finishing_first
+from .layers import checkpointed
 from .memory import Fired, is_out_of_memory, within_memory
 from .objective import Objective, Sums, Unit
+from .schedule import rate_shares
 
 if TYPE_CHECKING:
     from .checkpoint import Keeper
 
-# Our name -> transformers' name: its plain "constant" has no warm-up.
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
@@ -55,12 +53,19 @@ class Training:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, model: nn.Module, settings: OptimizerSettings, steps: int, token_budget: int) -> Training:
-        """At step 0, for all parameters that require a gradient."""
+    def begin(
+        cls,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        steps: int,
+        token_budget: int,
+        shares: Callable[[int], float] | None = None,
+    ) -> Training:
+        """At step 0, for all parameters that require a gradient. `shares`: see `fit`."""
+        assert not isinstance(settings.lr, str), "auto has become a number before training"
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        warmup = round(settings.warmup * steps)
-        scheduler = get_scheduler(SCHEDULES[settings.schedule], optimizer, warmup, steps)
+        scheduler = LambdaLR(optimizer, shares or rate_shares(settings, steps))
         return cls(parameters, optimizer, scheduler, token_budget)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -122,22 +127,24 @@ def fit(
     term_weights: Mapping[str, float] | None = None,
     penalty: Callable[[], Tensor] | None = None,
     ceilings: Mapping[str, float] | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_step: Callable[[dict[str, Any]], bool | None] | None = None,
     on_guard: Fired | None = None,
     keeper: Keeper | None = None,
+    shares: Callable[[int], float] | None = None,
 ) -> None:
     """Train whatever parameters of `model` require a gradient, in place.
 
     The loss of a step is the sum over terms of weight x (sum over its examples / number of its examples in the *whole*
     step), so cutting a step into other micro-batches changes nothing but the order of summation; that is also done when
-    memory runs out, and `on_guard` is told. `penalty` is added once per step. `on_step` gets one record per step.
-    `keeper` continues from its newest checkpoint and writes new ones. The first SIGTERM or SIGINT is raised after the
-    step, once that is kept. Raises NumericError at the first non-finite value, before the optimizer uses it, and when
-    the run diverges: a term above its ceiling in `ceilings`, or a gradient norm `max_grad_growth` times the largest so
-    far. The model is in evaluation mode throughout and afterwards, because dropout in the base would make the start
-    differ from the original model.
+    memory runs out, and `on_guard` is told. `penalty` is added once per step. `on_step` gets one record per step; true
+    ends the training. `shares`: of the learning rate that each step takes (default: `rate_shares`). `keeper` continues
+    from its newest checkpoint and writes new ones. The first SIGTERM or SIGINT is raised after the step, once that is
+    kept. Raises NumericError at the first non-finite value, before the optimizer uses it, and when the run diverges: a
+    term above its ceiling in `ceilings`, or a gradient norm `max_grad_growth` times the largest so far. The model is in
+    evaluation mode throughout and afterwards, because dropout in the base would make the start differ from the original
+    model.
     """
-    training = Training.begin(model, settings, len(steps), token_budget)
+    training = Training.begin(model, settings, len(steps), token_budget, shares)
     # The model stays where it is. Naming a device here would fix it for the whole process, in accelerate's own state.
     accelerator = Accelerator(device_placement=False)
     model.eval()
@@ -146,19 +153,20 @@ def fit(
     step_of = partial(_step, training, accelerator, partial(objective, wrapped), settings)
     step_of = partial(step_of, term_weights or {}, penalty, ceilings or {}, on_guard or (lambda _: None))
     with (
-        _checkpointed(base_of(model)) if settings.gradient_checkpointing else nullcontext(),
+        checkpointed(base_of(model)) if settings.gradient_checkpointing else nullcontext(),
         finishing_first() as asked,
     ):
         if keeper:
             keeper.begin(training)
         for step in steps[training.done :]:
             record = step_of(step)
-            if on_step:
-                on_step(record)
+            over = on_step and on_step(record)
             if keeper:
                 keeper.after_step(training, record, stopping=asked() is not None)
             if stop := asked():
                 raise stop
+            if over:
+                break
         if keeper:
             keeper.finish(training)
     training.optimizer.zero_grad()
@@ -280,21 +288,3 @@ def _check_divergence(
             f"train: the gradient's norm is {norm:.3g} at step {step}, {norm / training.largest:.3g} times the largest "
             "before; try a lower --lr, or allow it with --max-grad-growth."
         )
-
-
-@contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the context, the backward pass recomputes each layer's activations.
-
-    transformers' own switch works in training mode only, where the base's dropout would be active.
-    """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it.")
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import artifacts, lora
+from .calibrate import calibrate
 from .checkpoint import Keeper, Utility, remove_checkpoints
+from .config import AUTO
 from .data.pairing import sample
 from .errors import DataError
 from .objective import ForgetObjective, Unit, forget_steps, retain_penalty
 from .prefix import find_prefix
 from .progress import Reporter
-from .stages import Start, mean_probability, scored_rows, scores_from, update_summary
+from .stages import RATE, Start, mean_probability, scored_rows, scores_from, update_summary
 from .train import fit
 from .workbench import Workbench
 
@@ -48,6 +52,8 @@ def train_adapter(
         "ceilings": {"retain": s.max_retain_rise or math.log(vocabulary)},
         "on_guard": bench.fired,
     }
+    if s.lr == AUTO:
+        s = replace(s, lr=_calibrated(bench, run, wrapped, objective, len(steps), options))
     logged_fit(keeper, bench.reporter, wrapped, steps, objective, s, **options)
     trained = Start(lora.trained_factors(wrapped, start.factors), {})
     trained.check_finite()
@@ -57,6 +63,22 @@ def train_adapter(
         artifacts.finish(run, name)
     remove_checkpoints(run)
     return wrapped
+
+
+def _calibrated(
+    bench: Workbench, run: Path, wrapped: Any, objective: ForgetObjective, steps: int, options: dict[str, Any]
+) -> float:
+    """The learning rate of `--lr auto`: that in the run's summary, or else found now and noted there."""
+    summary = artifacts.read_json(run / artifacts.SUMMARY)
+    if RATE not in summary:
+        forget, began = bench.data[0].examples, time.perf_counter()
+        known = lambda rows: mean_probability(bench, wrapped, [forget[i] for i in rows]).value  # noqa: E731
+        with bench.reporter.stage("calibrate"):
+            found = calibrate(wrapped, objective, bench.settings, steps, known, **options)
+        summary = update_summary(run, {RATE: found | {"seconds": time.perf_counter() - began}})
+        bench.reporter.note(f"train: learning rate {found['rate']:.2g}, found in {found['steps']} steps (--lr auto).")
+    with artifacts.as_written(run / artifacts.SUMMARY):
+        return float(summary[RATE]["rate"])
 
 
 def _observe(

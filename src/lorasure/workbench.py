@@ -41,8 +41,8 @@ from .models import (
 from .objective import ForgetObjective, forget_steps
 from .progress import Reporter
 from .registry import lookup
+from .schedule import SCHEDULES
 from .sites import Site, find_sites
-from .train import SCHEDULES
 
 
 class Workbench:

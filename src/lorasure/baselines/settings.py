@@ -38,6 +38,7 @@ class TaskArithmeticSettings(
 ):
     """All settings of `lorasure task-arithmetic`."""
 
+    lr: float = option(1e-4, "learning rate; 1e-4 suits models of 1 to 8 B, small ones need more", above=0)
     factor: float = option(1.0, "how many times what was learnt on the forget set is taken away", low=0)
 
 

@@ -103,7 +103,8 @@ def _done(run: Run) -> Pairs:
     if run.steps and not method:
         against = f" against {s['retain_loss'] or 'its own retain loss'} x {s['lambda']:g}"
         length = f"{s['epochs']} epochs, {len(run.steps)} steps"
-        found.append(("Training", f"{s['loss']}{against}, learning rate {s['lr']:g}, {length}"))
+        rate = run.summary.get("learning_rate", {"rate": s["lr"]})["rate"]  # found by --lr auto, or given
+        found.append(("Training", f"{s['loss']}{against}, learning rate {rate:.2g}, {length}"))
     if export:
         checked = f"largest logit difference {export['max_logit_difference']:.1e} (bound {export['bound']:.1e})"
         found.append(("Adapter", f"rank {export['rank']}, checked on the untouched base: {checked}"))
