@@ -76,13 +76,13 @@ def inputs(folder: Path, shared: Path, rows: int) -> dict[str, Any]:
         tofu = shared / "data" / "tofu"
         for name, source in (("forget", "forget05"), ("retain", "full")):
             (folder / f"{name}.jsonl").write_text("".join((tofu / f"{source}.json").open().readlines()[:rows]))
-        model, options = target, {"rank": 16, "alpha": 32.0, "lr": 2e-3, "batch_size": 16}
+        model, options = target, {"init": "vila", "rank": 16, "alpha": 32.0, "lr": 2e-3, "batch_size": 16}
     else:
         from lorasure.demo import make_data, make_start
 
         make_data(folder, 0)
         make_start(folder, "model", 0)
-        model, options = folder / "model", {"rank": 8, "lr": 1e-3, "batch_size": 8, "epochs": 8}
+        model, options = folder / "model", {"init": "vila", "rank": 8, "lr": 1e-3, "batch_size": 8, "epochs": 8}
     files = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain")}
     return {"model": str(model), **files, **options, "out": str(folder / "run")}
 

@@ -79,7 +79,15 @@ def forget(folder: Path, out: Path, epochs: int, resume: bool) -> None:
 
     torch.set_num_threads(1)
     files = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain")}
-    options = {"rank": 4, "epochs": epochs, "batch_size": 8, "lr": 1e-3, "max_length": 128, "min_utility": 0.9}
+    options = {
+        "init": "vila",
+        "rank": 4,
+        "epochs": epochs,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "max_length": 128,
+        "min_utility": 0.9,
+    }
     model = str(folder / "model")
     forget(ForgetSettings(model=model, **files, **options, out=str(out), checkpoint_every=1, resume=resume))
 

@@ -180,7 +180,7 @@ def whole_run(a: argparse.Namespace, results: dict[str, Any], work, folder: Path
     files = work.write(folder)
     flags = {"model": work.folder, "forget": files[0], "retain": files[1], "out": folder / "run", "loss": "npo"}
     flags |= {"epochs": EPOCHS, "batch-size": s.batch_size, "rank": s.rank, "alpha": s.alpha, "beta": s.beta}
-    flags |= {"device": "cpu", "max-grad-growth": 1e9}
+    flags |= {"init": "vila", "lr": s.lr, "device": "cpu", "max-grad-growth": 1e9}
     command = [sys.executable, "-m", "lorasure", "forget", *(f"--{k}={v}" for k, v in flags.items())]
     ours = measured(command, a.threads)
     typical = in_process({"job": "run", "shared": str(a.shared), "rows": rows, "threads": a.threads})
