@@ -56,6 +56,19 @@ def test_layers_that_read_the_same_share_what_is_held():
     assert len({m.data_ptr() for m in written.values()}) == len(sites)
 
 
+def test_layers_above_the_last_site_are_not_computed():
+    model = tiny_model("llama")
+    runs = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, *_: runs.append(module))
+    lower = find_sites(model, ["layers.0.*"])
+    second_moments(model, lower, EXAMPLES, of_inputs=True, token_budget=1000)
+    assert runs == [model.model.layers[0]]
+    second_moments(model, all_sites(model), EXAMPLES, of_inputs=True, token_budget=1000)
+    assert runs[1:] == list(model.model.layers)
+    assert not model.model.layers[1]._forward_pre_hooks
+
+
 @both
 def test_groups_hold_no_more_than_they_may_and_change_nothing(of_inputs):
     model, evidence = tiny_model("llama"), "inputs" if of_inputs else "outputs"

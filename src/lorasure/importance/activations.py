@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import processes
 from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError
 from ..forward import Progress, answer_hidden
+from ..layers import decoder_layers
 from ..sites import Site, tap
 
 ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 1.4e9
@@ -54,11 +58,12 @@ def second_moments(
         z = z[mask].float()
         total[site.name] = total.get(site.name, 0) + z.T @ z
 
-    with tap(model, sites, forward=observe):
+    with tap(model, sites, forward=observe), _ending_above(model, sites):
         for group in micro_batches([len(e) for e in examples], token_budget):
             batch = collate([examples[i] for i in group]).to(model.device)
             mask, last = batch.attention_mask.bool(), (torch.empty(0), "")
-            answer_hidden(model, batch)
+            with suppress(_Enough):
+                answer_hidden(model, batch)
             tokens += int(mask.sum())
             if progress:
                 progress(len(group))
@@ -70,6 +75,31 @@ def second_moments(
         if not torch.isfinite(moment).all():
             raise NumericError(f"activations: the second moments of site '{site.name}' are not finite.")
     return {site.name: total[owners.get(site.name, site.name)] for site in sites}
+
+
+class _Enough(Exception):
+    """A pass has seen all sites."""
+
+
+@contextmanager
+def _ending_above(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[None]:
+    """Within the context a pass raises _Enough where it leaves the last decoder layer that holds one of the sites."""
+    layers = decoder_layers(model)
+    homes = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
+    above = 1 + max(homes.get(model.get_submodule(site.module), len(layers)) for site in sites)
+    # Not where layers are gathered one after another, each by all processes: an end in between is not foreseen there.
+    if above >= len(layers) or processes.sharded():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise _Enough
+
+    handle = layers[above].register_forward_pre_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass
