@@ -108,6 +108,23 @@ def test_a_run_records_its_rate_and_takes_it(settings):
     assert stages.verdict(found.summary)["text"] == found.summary["verdict"]["text"]
 
 
+def test_a_run_that_never_leaves_rate_0_is_refused(settings):
+    with pytest.raises(UsageError, match="--warmup 1: with 1 steps the learning rate never leaves 0"):
+        rate_for(0.03, settings(warmup=1.0), 1)
+
+
+def test_a_rate_given_to_a_continued_run_is_the_one_advised_on(settings, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_stage, "logged_fit", stop)
+        pipeline.forget(settings())
+    found = pipeline.forget(settings(resume=True, lr=1e-9, allow_change="lr")).summary
+    assert found["learning_rate"]["rate"] > 1e-9  # what auto had found stays on record
+    assert "--lr 3e-09" in found["verdict"]["text"]
+
+
 def test_a_continued_run_does_not_calibrate_again(settings, monkeypatch):
     whole = pipeline.forget(settings("whole"))
     real, calls = train._step, []

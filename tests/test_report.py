@@ -333,7 +333,9 @@ def test_comparison_in_every_form(tmp_path, capsys):
 
 def test_a_real_run_has_its_importance_and_a_report(tmp_path, model_folder, data_files):
     files = dict(zip(("forget", "retain"), map(str, data_files), strict=True))
-    settings = lorasure.ForgetSettings(model=str(model_folder), **files, out=str(tmp_path / "run"), rank=2, epochs=1)
+    settings = lorasure.ForgetSettings(
+        model=str(model_folder), **files, out=str(tmp_path / "run"), rank=2, epochs=1, init="vila"
+    )
     bench = Workbench(settings)
     measured = Importance.load(lorasure.forget(settings).folder / artifacts.IMPORTANCE)
     (run,) = read_runs([tmp_path / "run"])

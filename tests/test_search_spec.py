@@ -38,7 +38,7 @@ def test_methods_share_settings_and_ranges_and_add_their_own(tmp_path):
     assert own["rank"] == Range(low=2, high=8) and type(own["rank"].low) is int
     assert own["probe_rank"] == Range((None, 4)) and "lr" in own
     settings = spec.methods["vila"].at({"lr": 0.5, "rank": 4}, tmp_path)
-    assert (settings.lr, settings.rank, settings.epochs, settings.init) == (0.5, 4, 2, "vila")
+    assert (settings.lr, settings.rank, settings.epochs, settings.init) == (0.5, 4, 2, "contrast")
     assert spec.evaluation.forget == "f.jsonl" and not spec.evaluation.generate
 
 
@@ -78,6 +78,7 @@ def test_a_list_of_methods_names_initialisations(tmp_path):
         ({"ranges": {"lr": {"low": 0, "high": 1, "log": True}}}, "ranges: lr: low must be below high, and above 0"),
         ({"ranges": {"lr": {"low": 1, "hihg": 2}}}, "ranges: lr: must be a list of values, or {low: ..."),
         ({"ranges": {"lr": {"low": "x", "high": 2}}}, "ranges: lr: low: must be a number, got 'x'"),
+        ({"ranges": {"lr": {"low": "auto", "high": 2}}}, "ranges: lr: low: must be a number, got 'auto'"),
         ({"ranges": {"lr": [0.1, 0.1]}}, "ranges: lr: must list one value at least, and none twice."),
         ({"ranges": {"lr": [0.1, -1]}}, "--lr must be above 0, got -1"),
         ({"ranges": {"solver": {"low": 1, "high": 2}}}, "ranges: solver: is no number"),

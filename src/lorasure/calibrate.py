@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .config import ForgetSettings, OptimizerSettings
-from .errors import NumericError
+from .errors import NumericError, UsageError
 from .objective import ForgetObjective, Unit, forget_steps
 from .schedule import rate_shares
 from .train import fit
@@ -109,7 +109,10 @@ def climb(
 def rate_for(distance: float, settings: OptimizerSettings, steps: int) -> float:
     """The learning rate with which the run's schedule travels TRAVEL times as far as `distance`."""
     shares = rate_shares(settings, steps)
-    return TRAVEL * distance / sum(shares(step) for step in range(steps))
+    total = sum(shares(step) for step in range(steps))
+    if not total:  # a single step, which warms up
+        raise UsageError(f"--warmup {settings.warmup:g}: with {steps} steps the learning rate never leaves 0.")
+    return TRAVEL * distance / total
 
 
 @contextmanager

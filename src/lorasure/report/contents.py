@@ -103,7 +103,7 @@ def _done(run: Run) -> Pairs:
     if run.steps and not method:
         against = f" against {s['retain_loss'] or 'its own retain loss'} x {s['lambda']:g}"
         length = f"{s['epochs']} epochs, {len(run.steps)} steps"
-        rate = run.summary.get("learning_rate", {"rate": s["lr"]})["rate"]  # found by --lr auto, or given
+        rate = run.summary["learning_rate"]["rate"] if s["lr"] == "auto" else s["lr"]
         found.append(("Training", f"{s['loss']}{against}, learning rate {rate:.2g}, {length}"))
     if export:
         checked = f"largest logit difference {export['max_logit_difference']:.1e} (bound {export['bound']:.1e})"

@@ -158,7 +158,8 @@ class _Reader:
             raise self.error(where, "must be a list of values, or {low: ..., high: ..., log: true or false}.")
         if not {int, float} & set(wanted):
             raise self.error(where, "is no number, so its values must be listed.")
-        low, high = (self.typed(given[end], wanted, f"{where}: {end}") for end in ("low", "high"))
+        numbers = [kind for kind in wanted if kind is not str]  # auto has no place on a scale
+        low, high = (self.typed(given[end], numbers, f"{where}: {end}") for end in ("low", "high"))
         log = self.typed(given.get("log", False), (bool,), f"{where}: log")
         if low is None or high is None or not low < high or (log and low <= 0):
             raise self.error(where, f"low must be below high{', and above 0 for log' if log else ''}.")
