@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import ours
 import theirs
 from clock import Timed, lasted
+from transformers import PreTrainedModel
 from workload import EPOCHS, Setting, Workload, small_start, top_layer, top_quarter
 
+from lorasure.answer_rows import find_free_layers
 from lorasure.data.pairing import pairs
 from lorasure.sites import all_sites
 
@@ -34,8 +36,12 @@ def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> 
     model = work.model()
     sites = all_sites(model)
     start = small_start(sites, setting)
-    fresh = lambda: copy.deepcopy(model)  # noqa: E731
     first, second = work.examples
+
+    def fresh() -> PreTrainedModel:
+        copied = copy.deepcopy(model)
+        find_free_layers(copied)  # what `load_model` has found of the original does not come with it
+        return copied
 
     def bare() -> float:
         batches, wrapped = ours.bare_batches(first, second), ours.bare_model(fresh(), start, setting)

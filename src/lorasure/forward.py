@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .answer_rows import at_answers
 from .data.examples import Batch, Example, collate, micro_batches
 from .losses.tokens import Answers, log_prob, selected_answers, shift
 
@@ -55,21 +56,24 @@ def _head_of(model: Any) -> torch.nn.Module:
 def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = None) -> tuple[Answers, Tensor | None]:
     """One forward pass, with vocabulary logits only where an answer token is predicted, and when a loss takes them.
 
+    Of a model that has been tried for that (`find_free_layers`), much of the last layer is computed there only too.
     `reference_hidden` (n, hidden): final hidden states of the *original* model (see `answer_hidden`). Returned are the
     answers, and the states of the original of which their projection makes its logits without a second model, because
     the projection to the vocabulary is never adapted. For a model that does more to logits than project, and for a
     projection that is trained, the states are the logits of the whole batch.
     """
     head = _head_of(model)
+    mask, _ = shift(batch.labels)
+    restricted = partial(at_answers, base_of(model), mask)
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
     if not trained and _PROJECTS_ONLY.get(model, True):
-        hidden, first = _answer_states(model, batch)
+        with restricted():
+            hidden, first = _answer_states(model, batch)
         if model not in _PROJECTS_ONLY:
             with torch.no_grad():
                 _PROJECTS_ONLY[model] = torch.equal(head(hidden[None, :1])[0].to(first.dtype), first)
         if _PROJECTS_ONLY[model]:
             return selected_answers(hidden, batch.labels, head), reference_hidden
-    mask, _ = shift(batch.labels)
 
     def choose(hidden: Tensor) -> Tensor:
         picked = hidden[mask]
@@ -77,7 +81,7 @@ def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = No
             picked = torch.cat([picked, reference_hidden.to(picked.dtype)])
         return picked[None]
 
-    with _select_before_head(head, choose):
+    with _select_before_head(head, choose), restricted():
         logits = model(**batch.inputs, use_cache=False).logits[0]
     count = int(mask.sum())
     return selected_answers(logits[:count], batch.labels), None if reference_hidden is None else logits[count:]

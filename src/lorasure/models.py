@@ -21,10 +21,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import processes
+from .answer_rows import find_free_layers
 from .artifacts import sha256
 from .errors import DataError, LorasureError, NumericError, ResourceError, UsageError
+from .layers import decoder_layers
 from .model_files import commit, locate, weight_files
-from .prefix import decoder_layers
 from .registry import lookup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,6 +127,7 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     check_causal(loaded, model)
+    find_free_layers(loaded)
     return loaded
 
 
