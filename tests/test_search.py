@@ -215,7 +215,7 @@ def test_a_retrained_model_gives_forget_quality_afterwards_and_chooses_nothing(s
 
 def test_the_folder_is_one_search_only(spec, out, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "work", lambda *_: None)
-    monkeypatch.setattr(command, "finish", lambda *_: {})
+    monkeypatch.setattr(command, "finish", lambda *_, **__: {})
     search(spec(), SearchSettings(out=str(out)))
     with pytest.raises(UsageError, match="--resume"):
         search(spec(), SearchSettings(out=str(out)))

@@ -14,6 +14,7 @@ import torch
 
 from . import artifacts
 from .errors import DataError
+from .level import Level
 from .train import Training
 
 FOLDER = "checkpoints"
@@ -57,12 +58,14 @@ class Keeper:
     A checkpoint holds the tensors and numbers of `Training`, the log until there, and its own manifest; the newest two
     stay. `every`: steps from one to the next; 0: only when interrupted; None: a minute, or longer where that would cost
     more than 2 % of the time. `utility`: at the end the parameters are those of the last state that was good enough.
+    `level`: when forgetting rests.
     """
 
     run: Path
     every: int | None
     note: Callable[[str], None]
     utility: Utility | None = None
+    level: Level | None = None
     lines: list[str] = field(default_factory=list)
     continued: int = 0
     saved: float = field(default_factory=time.monotonic)
@@ -84,11 +87,15 @@ class Keeper:
 
     def after_step(self, training: Training, record: dict[str, Any], *, stopping: bool) -> None:
         """Log the step, see what is kept at the end of an epoch, and write a checkpoint when one is due."""
+        if self.level:
+            record |= {"forget_weight": self.level.weights["forget"]}
         self.lines.append(json.dumps(record, allow_nan=False) + "\n")
         with (self.run / artifacts.LOG).open("a", encoding="utf-8") as log:
             log.write(self.lines[-1])
         if self.utility and training.done % self.utility.every == 0 and self.utility.take(training.done):
             training.best = {name: p.detach().clone() for name, p in training.parameters.items()}
+        if self.level:
+            self.level.after_step(training.done)
         if stopping or self._due(training.done):
             self.save(training)
 
@@ -109,6 +116,8 @@ class Keeper:
             numbers = training.numbers() | {"run": self._run_id()}
             if self.utility:
                 numbers |= {"start": self.utility.start, "shares": self.utility.shares}
+            if self.level:
+                numbers |= {"seen": self.level.seen}
             artifacts.write_json(folder / STATE, numbers)
         for old in sorted((self.run / FOLDER).glob("step-*"))[:-KEPT]:
             shutil.rmtree(old)
@@ -135,6 +144,7 @@ class Keeper:
                 lines = (path / artifacts.LOG).read_text(encoding="utf-8").splitlines(keepends=True)
                 if numbers["run"] != self._run_id():
                     return "it is another run's"
+                seen = list(numbers["seen"]) if self.level else []
                 kept = (float(numbers["start"]), list(numbers["shares"])) if self.utility else None
                 training.restore(tensors, numbers)
         except (DataError, RuntimeError) as error:
@@ -142,6 +152,8 @@ class Keeper:
         self.lines = lines
         if self.utility and kept:
             self.utility.start, self.utility.shares = kept
+        if self.level:
+            self.level.restore(seen)
         return ""
 
 

@@ -227,6 +227,14 @@ class TrainSettings(OptimizerSettings):
         above=0,
         high=1,
     )
+    stop: str | None = option(
+        None, "auto: leave the forget loss out while forget rows look like text that the model never saw (--unseen)"
+    )
+    unseen: str | None = option(
+        None,
+        "for --stop auto: text like the forget rows that the model never saw (default: their perturbed_answer)",
+        path=True,
+    )
     pairing: str = option("random", "which retain row meets a forget row: random, cyclic or modular (same group)")
 
 

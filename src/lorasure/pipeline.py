@@ -164,7 +164,8 @@ def _own_place(settings: ForgetSettings) -> Iterator[ForgetSettings]:
 def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterator[Path]:
     """The folder of a run, new or interrupted; `carry`: files that a new version of the run at `out` starts from."""
     s = bench.settings
-    rows = {name: part.about()["sha256"] for name, part in zip(("forget", "retain"), bench.data, strict=True)}
+    parts = {"forget": bench.data[0], "retain": bench.data[1]} | ({"unseen": bench.unseen} if bench.unseen else {})
+    rows = {name: part.about()["sha256"] for name, part in parts.items()}
     allowed = allowed_changes(s)
     _check_unsettled(folders.partial_of(out), allowed)
     with folders.resumable_folder(

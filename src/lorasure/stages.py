@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -238,6 +239,11 @@ def scores_from(bench: Workbench, records: Records) -> dict[str, Any]:
 def mean_probability(bench: Workbench, model: Any, examples: Sequence[Example]) -> Score:
     """Probability of some examples under a model."""
     return _probability(_records_of(bench, model, examples).values())
+
+
+def mean_nll(bench: Workbench, model: Any, examples: Sequence[Example]) -> float:
+    """NLL in nats per answer token under a model, averaged over examples."""
+    return fmean(record.mean_nll for record in _records_of(bench, model, examples).values())
 
 
 def _records_of(bench: Workbench, model: Any, examples: Sequence[Example], progress: Progress | None = None) -> Records:

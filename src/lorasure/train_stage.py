@@ -16,10 +16,12 @@ from .checkpoint import Keeper, Utility, remove_checkpoints
 from .config import AUTO
 from .data.pairing import sample
 from .errors import DataError
+from .level import ROWS as LEVEL_ROWS
+from .level import Level
 from .objective import ForgetObjective, Unit, forget_steps, retain_penalty
 from .prefix import find_prefix
 from .progress import Reporter
-from .stages import RATE, Start, mean_probability, scored_rows, scores_from, update_summary
+from .stages import RATE, Start, mean_nll, mean_probability, scored_rows, scores_from, update_summary
 from .train import fit
 from .workbench import Workbench
 
@@ -40,14 +42,17 @@ def train_adapter(
     used = {unit.index for step in steps for unit in step if unit.term == "retain"}
     before = _observe(bench, objective, steps, start, summary.get("before"))
     prefix = {"prefix": objective.prefix.about()} if objective.prefix else {}
-    summary = update_summary(run, {"before": before} | prefix)
+    aim = _aim(bench) if bench.unseen and "stop" not in summary else {}
+    summary = update_summary(run, {"before": before} | aim | prefix)
     wrapped = attach_start(bench, start)
     watched = watch(wrapped)
     keeper = Keeper(run, s.checkpoint_every, bench.reporter.note, _utility(bench, wrapped, used) or watched)
     vocabulary = bench.model.config.get_text_config().vocab_size
+    weights = {"retain": s.lambda_}
+    keeper.level = _level(bench, wrapped, weights, summary)
     options = {
         "token_budget": bench.token_budget,
-        "term_weights": {"retain": s.lambda_},
+        "term_weights": weights,
         "penalty": _penalty(wrapped, start),
         "ceilings": {"retain": s.max_retain_rise or math.log(vocabulary)},
         "on_guard": bench.fired,
@@ -142,11 +147,33 @@ def _utility(bench: Workbench, wrapped: Any, used: Collection[int]) -> Utility |
     return Utility(measure, math.ceil(len(forget) / s.batch_size), s.min_utility)
 
 
+def _aim(bench: Workbench) -> dict[str, Any]:
+    """For the summary: the level of --stop auto. Of the original model, so before the adapter is attached."""
+    rows = bench.unseen.examples if bench.unseen else ()
+    with bench.reporter.stage("level", len(rows)):
+        level = mean_nll(bench, bench.model, rows)
+    bench.reporter.note(
+        f"level: {level:.2f} nats per token on {len(rows)} rows that the model never saw (--stop auto)."
+    )
+    return {"stop": {"level": level, "rows": len(rows)}}
+
+
+def _level(bench: Workbench, wrapped: Any, weights: dict[str, float], summary: dict[str, Any]) -> Level | None:
+    """When forgetting rests; None: never."""
+    if bench.unseen is None:
+        return None
+    forget = bench.data[0].examples
+    rows = [forget[i] for i in sample(len(forget), min(len(forget), LEVEL_ROWS), bench.settings.seed + 3)]
+    return Level(lambda: mean_nll(bench, wrapped, rows), summary["stop"]["level"], weights)
+
+
 def _account(bench: Workbench, keeper: Keeper, used: Collection[int], summary: dict[str, Any]) -> dict[str, Any]:
     """What the summary says of checkpoints and of --min-utility."""
     found: dict[str, Any] = {}
     if keeper.continued:
         found["resumed"] = [*summary.get("resumed", []), {"stage": "train", "step": keeper.continued}]
+    if level := keeper.level:
+        found["stop"] = {**summary["stop"], "seen": level.seen, "rests": level.rests}
     if utility := keeper.utility:
         left = len(bench.data[1].examples) - len(used)
         found["utility"] = {

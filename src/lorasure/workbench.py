@@ -13,10 +13,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import artifacts, lora, processes
-from .config import PER_CALL, ForgetSettings, OutSettings
+from .config import AUTO, PER_CALL, ForgetSettings, OutSettings
 from .data.encode import QUESTION, TEMPLATES, refusal_rows
 from .data.examples import Example
-from .data.load import DataSet, encode_rows, load_data, rows_hash
+from .data.load import DataSet, encode_rows, load_data, load_unseen, rows_hash
 from .data.pairing import PAIRINGS, sample
 from .data.readers import check_disjoint
 from .errors import UsageError
@@ -62,7 +62,7 @@ class Workbench:
         """Read the data and load the model now: everything that can be wrong with the input shows here, on one line."""
         s = self.settings
         with self.reporter.held():
-            _ = self.data, self.sites, self.fingerprint
+            _ = self.data, self.unseen, self.sites, self.fingerprint
             next(forget_steps(self.objective(), epochs=1, batch_size=1, pairing=s.pairing, seed=s.seed))
 
     def fired(self, guard: dict[str, Any]) -> None:
@@ -156,6 +156,12 @@ class Workbench:
                 self.reporter.note(line)
         return forget, retain
 
+    @cached_property
+    def unseen(self) -> DataSet | None:
+        """Text that --stop auto takes its level from: the rows of --unseen, or the forget rows with wrong answers."""
+        s = self.settings
+        return None if s.stop is None else load_unseen(s.unseen, self.data[0], s, self.tokenizer)
+
     @property
     def measured_retain(self) -> list[Example]:
         """The retain examples that importance and activations are measured on, seeded."""
@@ -231,6 +237,10 @@ def check_names(settings: ForgetSettings) -> None:
     ):
         if name is not None:
             lookup(table, name, what)
+    if settings.stop not in (None, AUTO):
+        raise UsageError(f"--stop must be {AUTO}, or not be given, got '{settings.stop}'.")
+    if settings.unseen and not settings.stop:
+        raise UsageError("--unseen is for --stop auto.")
     check_template(settings.template)
     check_quantize(settings.quantize)
     if settings.quantize and settings.merge:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import ModelSettings
+from ..errors import DataError
 from .encode import Encoded, encode
 from .examples import Example, Row
-from .readers import Rows, read_rows
-from .rows import Layout
+from .readers import Rows, check_disjoint, read_rows
+from .rows import Layout, wrong_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,23 @@ def load_data(source: str, settings: ModelSettings, tokenizer: PreTrainedTokeniz
     """Read and tokenize one data source."""
     read = read_rows(source, layout(settings))
     return DataSet(source, read, encode_rows(read.rows, settings, tokenizer))
+
+
+def load_unseen(
+    source: str | None, forget: DataSet, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
+) -> DataSet:
+    """Text like the forget rows that no model has seen: those of `source`, or the same questions with wrong answers."""
+    if source:
+        found = load_data(source, settings, tokenizer)
+        check_disjoint(forget.read.rows, found.read.rows)
+        return found
+    rows = wrong_answers(forget.read.rows)
+    if not rows:
+        raise DataError(
+            f"--stop auto: the rows of {forget.source} bring no perturbed_answer; name text like them that the model "
+            "never saw with --unseen."
+        )
+    return DataSet(forget.source, replace(forget.read, rows=rows), encode_rows(rows, settings, tokenizer))
 
 
 def layout(settings: ModelSettings) -> Layout:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import DataError, UsageError
@@ -63,6 +63,18 @@ def to_row(record: Any, source: str, line: int, layout: Layout) -> tuple[Row, st
     row = Row(prompt, answer, source, line, kind, messages, _group(record, layout, place), extra)
     blank = answer_key if not answer.strip() else prompt_key if kind == "qa" and not prompt.strip() else None
     return row, blank
+
+
+def wrong_answers(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows that bring wrong answers of their own (`perturbed_answer`, a list), each with the first of them."""
+    found = []
+    for row in rows:
+        wrong: Any = row.extra.get("perturbed_answer")
+        if wrong and not isinstance(wrong, list):
+            raise DataError(f"{row.place}: 'perturbed_answer' must be a list of wrong answers.")
+        if wrong:
+            found.append(replace(row, answer=str(wrong[0]), extra={}))
+    return tuple(found)
 
 
 def _columns(record: Mapping[str, Any], layout: Layout, place: str) -> tuple[str, str, str]:

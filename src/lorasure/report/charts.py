@@ -132,6 +132,7 @@ def training(steps: Sequence[Mapping[str, Any]]) -> Chart:
     names = [name for name in steps[0] if name not in ("step", "tokens", "seconds")]
     names = sorted(names, key=lambda name: name in ("lr", "grad_norm"))
     titles = {"lr": "learning rate", "grad_norm": "gradient norm", "penalty": "penalty"}
+    titles |= {"forget_weight": "weight of the forget loss"}
     height = math.ceil(len(names) / 2)
     with styled():
         figure, axes = new_figure(0.3 + 1.45 * height, height, 2, squeeze=False, sharex=True)
