@@ -104,7 +104,8 @@ def flags(given, **changes):
     return [part for name, value in values.items() if value for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-SMALL = ["--init", "vila", "--rank", "2", "--epochs", "1", "--batch-size", "4", "--lr", "1e-2"]
+SMALL = ["--rank", "2", "--epochs", "1", "--batch-size", "4", "--lr", "1e-2"]
+VILA = ["--init", "vila", *SMALL]  # measures importance too
 
 
 def test_the_search_finds_every_form():
@@ -117,7 +118,7 @@ def test_the_search_finds_every_form():
 
 # Each with the folder of data, the output folder and the finished run of `forget`; in this order, codes that are right.
 COMMANDS = {
-    "importance": (0, lambda given, out, run: ["importance", *flags(given), *SMALL, "--out", out]),
+    "importance": (0, lambda given, out, run: ["importance", *flags(given), *VILA, "--out", out]),
     "init": (0, lambda given, out, run: ["init", out]),
     "train": (0, lambda given, out, run: ["train", out]),
     "export": (0, lambda given, out, run: ["export", out, "--merge"]),
@@ -129,7 +130,7 @@ COMMANDS = {
         0,
         lambda given, out, run: ["task-arithmetic", *flags(given), *SMALL, "--out", f"{out}-task"],
     ),
-    "dpo": (0, lambda given, out, run: ["forget", *flags(given), *SMALL, "--loss", "dpo", "--out", f"{out}2"]),
+    "dpo": (0, lambda given, out, run: ["forget", *flags(given), *VILA, "--loss", "dpo", "--out", f"{out}2"]),
     "finetune": (
         0,
         lambda given, out, run: [
@@ -170,7 +171,7 @@ COMMANDS = {
 )
 def test_commands_that_succeed(given, tmp_path, private):
     run = str(tmp_path / "run")
-    assert cli.main(["forget", *flags(given), *SMALL, "--out", run]) == 0
+    assert cli.main(["forget", *flags(given), *VILA, "--out", run]) == 0
     private()
     for name, (code, arguments) in COMMANDS.items():
         assert cli.main([str(part) for part in arguments(given, str(tmp_path / "out"), run)]) == code, name
@@ -237,7 +238,7 @@ def test_rows_that_cannot_be_used(given, tmp_path, private, command, name):
 @pytest.mark.parametrize("field", ["prompt_key", "answer_key", "text_key", "group_key", "pairing"])
 def test_settings_that_do_not_fit_the_rows(given, tmp_path, private, field):
     value = "modular" if field == "pairing" else "nowhere"
-    assert cli.main(["forget", *flags(given, **{field: value}), *SMALL, "--out", str(tmp_path / "run")]) == 3
+    assert cli.main(["forget", *flags(given, **{field: value}), *VILA, "--out", str(tmp_path / "run")]) == 3
     private()
 
 
@@ -251,7 +252,7 @@ def test_a_chat_template_that_quotes_the_messages(given, tmp_path, private, show
     path = given / "model" / "tokenizer_config.json"
     template = "{{ raise_exception('refused: ' ~ " + shown + ") }}"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    assert cli.main(["forget", *flags(given), *SMALL, "--out", str(tmp_path / "run")]) == 3
+    assert cli.main(["forget", *flags(given), *VILA, "--out", str(tmp_path / "run")]) == 3
     assert "forget.jsonl:1: the tokenizer's chat template refuses" in private()
 
 
@@ -309,7 +310,7 @@ def test_runs_that_fail_on_the_way(given, tmp_path, private, monkeypatch, kind, 
         return fault(forward, self, *args, **kwargs) if passes[0] >= at else forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
-    code = cli.main(["forget", *flags(given), *SMALL, "--tokens-per-batch", "300", "--out", str(tmp_path / "run")])
+    code = cli.main(["forget", *flags(given), *VILA, "--tokens-per-batch", "300", "--out", str(tmp_path / "run")])
     err = private()
     assert code in codes and passes[0] >= at, err
 
