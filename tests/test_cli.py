@@ -33,18 +33,8 @@ SECRET = "Quillfeather"
 def base(model_folder, data_files, tmp_path):
     """Arguments that work, without --out."""
     forget, retain = data_files
-    return [
-        "--model",
-        str(model_folder),
-        "--forget",
-        str(forget),
-        "--retain",
-        str(retain),
-        "--rank",
-        "2",
-        "--init",
-        "vila",
-    ]
+    files = ["--model", str(model_folder), "--forget", str(forget), "--retain", str(retain)]
+    return [*files, "--rank", "2", "--init", "vila"]
 
 
 @pytest.fixture

@@ -31,18 +31,8 @@ def inputs(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     rows = [{"question": f"Who is number {i}?", "answer": f"It is person {i * 7}."} for i in range(10)]
     forget, retain = write_rows(folder / "forget.jsonl", rows[:4]), write_rows(folder / "retain.jsonl", rows[4:])
-    given = [
-        "--model",
-        str(model_folder),
-        "--forget",
-        str(forget),
-        "--retain",
-        str(retain),
-        "--rank",
-        "2",
-        "--init",
-        "vila",
-    ]
+    files = ["--model", str(model_folder), "--forget", str(forget), "--retain", str(retain)]
+    given = [*files, "--rank", "2", "--init", "vila"]
     return ["forget", *given, "--epochs", "2", "--batch-size", "2", "--lr", "1e-2", "--out"]
 
 
