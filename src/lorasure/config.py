@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import UsageError
 
-AUTO = "auto"  # of --lr
+AUTO = "auto"  # of --lr and --stop
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # a name that is not UTF-8 arrives with surrogates in it
 
 

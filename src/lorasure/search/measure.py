@@ -11,6 +11,7 @@ from typing import Any
 from .. import artifacts, evaluating
 from ..data.examples import Row
 from ..data.pairing import sample
+from ..data.rows import wrong_answers
 from ..errors import UsageError
 from ..evaluate.collect import EvaluationSet, Subject, collect
 from ..evaluate.evaluation import Evaluation
@@ -79,8 +80,8 @@ class Measure:
         """
         if not self._offered:
             return NO_LEVEL
-        wrong = tuple(replace(row, answer=_first(row.extra["perturbed_answer"]), extra={}) for row in self._offered)
-        records = collect(self._subject(self.bench.model), EvaluationSet("forget", wrong))
+        wrong = EvaluationSet("forget", wrong_answers(self._offered))
+        records = collect(self._subject(self.bench.model), wrong)
         found = Evaluation("wrong answers", self.about, {"forget": records})
         strength = _defined(memorisation(found, "forget"), "extraction_strength").value
         probability = _defined(set_scores(found, "forget"), "probability").value
@@ -109,10 +110,6 @@ class Measure:
 
 def _some(count: int) -> list[int]:
     return sample(count, min(count, WATCHED_ROWS), 0)
-
-
-def _first(answers: Any) -> str:
-    return str(answers[0])
 
 
 def _defined(scores: Mapping[str, Score], name: str) -> Score:
