@@ -155,20 +155,18 @@ def interrupted(self, model):
 
 
 def test_a_trial_that_breaks_the_floor_is_stopped_after_that_epoch_and_counted(spec, out, monkeypatch):
-    seen = []
-
-    def fading(self, model):
-        seen.append(model)
-        # The original; a first trial that dips to just what may still come back; the others do worse.
-        return [1.0, 0.8, 0.81][len(seen) - 1] if len(seen) < 4 else 0.79
-
-    monkeypatch.setattr(Measure, "utility", fading)
+    # The original; a trial that dips to just what may still come back; one that does worse; one that does later.
+    values = [1.0, 0.64, 0.77, 0.2, 0.63, 0.64, 0.76]
+    monkeypatch.setattr(Measure, "utility", lambda self, model: values.pop(0))
     path = spec(methods={"plain": {"init": "lora", "epochs": 3}}, trials=3, utility_floor=0.9)
     result = search(path, SearchSettings(out=str(out)))
     states = [(x["state"], x.get("reason", "")) for x in lines(out)]
-    broken = ("stopped", "utility 0.790 of the original's after step 2")
-    assert states == [("complete", ""), broken, broken]
-    assert len(seen) == 1 + 3 + 2  # after every epoch until it is stopped
+    broken = [
+        ("stopped", f"utility {after} of the original's after step {step}")
+        for after, step in (("0.630", 2), ("0.760", 4))
+    ]
+    assert states == [("complete", ""), *broken]
+    assert not values  # measured after every epoch until it is stopped
     assert (result["methods"]["plain"]["trials"], result["methods"]["plain"]["stopped"]) == (3, 2)
 
 

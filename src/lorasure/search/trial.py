@@ -26,9 +26,9 @@ from .spec import Spec
 from .study import LOCKS, STOPPED, Trial
 
 IMPORTANCE = "importance"
-# Utility dips while the learning rate is at its highest and mostly comes back, so that on the way this many times what
-# may be lost in the end may be.
-DIP = 2
+# Utility dips while the learning rate is high and mostly comes back as that falls, so that on the way more may be lost
+# than in the end: this many times as much again at the start of the schedule, and none of it at the end.
+DIP = 4
 
 
 class Broken(Exception):
@@ -49,7 +49,7 @@ class Floor(Utility):
         """Measure at a step. No state is set aside: what a trial ends with is what `forget` would hand over."""
         super().take(step)
         share = float(self.shares[-1][1])
-        if 1 - share > DIP * (1 - self.floor) and step < self.last:
+        if 1 - share > (1 - self.floor) * (1 + DIP * (1 - step / self.last)) and step < self.last:
             raise Broken(step, share)
         return False
 
