@@ -84,6 +84,8 @@ def by_hand(name, tokens, refusal, reference, refusal_reference, original):
         return -2 / 4.5 * log_sigmoid(4.5 * average(forget_nll))
     if name == "forget-ihl":
         return average([1 + p[y] - max(q for v, q in enumerate(p) if v != y) for p, y in tokens])
+    if name == "forget-bga":
+        return average([p[y] + 0.1 * max(0, math.log(p[y] * len(p))) for p, y in tokens])
     if name == "forget-dpo":
         chosen, rejected = -(sum(nll_of(refusal)) - refusal_reference), -(sum(forget_nll) - reference)
         return -log_sigmoid(0.1 * chosen - 0.1 * rejected)

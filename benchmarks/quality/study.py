@@ -41,8 +41,9 @@ STARTS = {  # name in the tables -> settings
     "sketch": {"init": "sketch"},
     "inputs": {"init": "inputs"},
 }
-RATES = {"ihl": (7e-4, 7e-3), "npo": (7e-4, 1e-2), "gd": (1e-4, 3e-3), "simnpo": (3e-4, 7e-3)}
+RATES = {"bga": (7e-4, 7e-3), "ihl": (7e-4, 7e-3), "npo": (7e-4, 1e-2), "gd": (1e-4, 3e-3), "simnpo": (3e-4, 7e-3)}
 RANGES: dict[str, dict[str, Any]] = {
+    "bga": {},
     "ihl": {},
     "gd": {},
     "npo": {"beta": {"low": 0.01, "high": 0.5, "log": True}},
@@ -53,11 +54,14 @@ FIRST, REST = list(STARTS)[:5], list(STARTS)[5:]
 # Groups are searched one after another, so that a study that is cut short has whole comparisons.
 GROUPS: dict[str, tuple[str, list[str]]] = {
     "ihl": ("ihl", FIRST),
+    "bga": ("bga", ["contrast", "lora"]),
     "npo": ("npo", ["contrast", "lora"]),
     "gd": ("gd", ["contrast", "lora"]),
+    "bga-more": ("bga", FIRST[2:]),
     "npo-more": ("npo", FIRST[2:]),
     "gd-more": ("gd", FIRST[2:]),
     "simnpo": ("simnpo", FIRST),
+    "bga-rest": ("bga", REST),
     "ihl-rest": ("ihl", REST),
     "npo-rest": ("npo", REST),
     "gd-rest": ("gd", REST),
@@ -69,7 +73,7 @@ KEPT = 0.98  # what a chosen trial must keep on its few rows
 # Importance also ranks the layers for --coverage; a start that needs none takes VILA's for that.
 RANKED_BY = {"score": "variance", "space": "lora"}
 MEASURED_ROWS = 100  # of each set, for every trial
-ATTACKED = [("ihl", "contrast"), ("ihl", "lora"), ("ihl", "vila")]
+ATTACKED = [("bga", "contrast"), ("bga", "lora"), ("ihl", "contrast"), ("ihl", "lora")]
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..errors import UsageError
-from .tokens import Answers
+from .tokens import Answers, log_prob
 
 LossFunction = Callable[..., torch.Tensor]
 
@@ -62,6 +62,21 @@ def _hinge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     rivals = log_p.detach().scatter(-1, targets[:, None], -math.inf).argmax(-1)
     own, rival = log_p.gather(-1, torch.stack([targets, rivals], dim=-1)).exp().unbind(-1)
     return 1 + own - rival
+
+
+def bga(answers: Answers, *, beta: float = 0.1, delta: float = 0.0) -> torch.Tensor:
+    """Bounded gradient ascent, (count,): mean over tokens of p + beta max(0, log p + ln(vocabulary) + delta).
+
+    The bound is ours. p alone has no slope once it is near 0, as in ihl, which leaves a true answer in other words likelier than a
+    wrong one; log p alone has no bottom, as in ga. Here a token counts fully while it is likely and by beta until it is
+    no likelier than one drawn from the vocabulary; `delta` asks for as many nats less. Never below 0.
+    """
+
+    def token(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        own = log_prob(logits, targets)
+        return own.exp() + beta * (own + math.log(logits.shape[-1]) + delta).relu()
+
+    return answers.mean(answers.per_token(token))
 
 
 def dpo(
@@ -120,6 +135,7 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
     "npo": ForgetLoss("Negative preference optimisation", "https://arxiv.org/abs/2404.05868", npo),
     "simnpo": ForgetLoss("Simple negative preference optimisation", "https://arxiv.org/abs/2410.07163", simnpo),
     "ihl": ForgetLoss("Inverted hinge loss", "https://arxiv.org/abs/2408.06621", ihl),
+    "bga": ForgetLoss("Bounded gradient ascent", "https://arxiv.org/abs/2401.06121", bga),
     "dpo": ForgetLoss("Direct preference optimisation", "https://arxiv.org/abs/2305.18290", dpo),
     "idk": ForgetLoss("I don't know", "https://arxiv.org/abs/2401.06121", idk),
     "catnip": ForgetLoss("CATNIP", "https://arxiv.org/abs/2602.02824", catnip, retain="none"),
