@@ -108,5 +108,5 @@ def test_settings_are_frozen_and_required_fields_stay_required():
 
 def test_defaults():
     s = ForgetSettings(**NEEDED)
-    assert (s.init, s.loss, s.rank, s.alpha, s.targets) == ("contrast", "ihl", 8, 16.0, "all")
+    assert (s.init, s.loss, s.rank, s.alpha, s.targets) == ("contrast", "bga", 8, 16.0, "all")
     assert (s.epochs, s.batch_size, s.lr, s.lambda_) == (5, 32, "auto", 1.0)

@@ -8,7 +8,7 @@ import torch
 
 from lorasure.data.examples import IGNORED
 from lorasure.errors import UsageError
-from lorasure.losses.forget import FORGET_LOSSES, INPUTS, bind, catnip, hyperparameters, ihl, needs, npo
+from lorasure.losses.forget import FORGET_LOSSES, INPUTS, bga, bind, catnip, hyperparameters, ihl, needs, npo
 from lorasure.losses.retain import RETAIN_LOSSES, kl
 from lorasure.losses.tokens import Answers, answers, selected_answers, shift
 
@@ -243,6 +243,21 @@ def test_npo_tends_to_gradient_ascent_as_beta_vanishes():
 def test_ihl_sees_a_rival_that_ties_with_the_target():
     logits = torch.tensor([[[1.0, 1.0, -2.0], [0.0, 0.0, 0.0]]])
     assert ihl(answers(logits, torch.tensor([[IGNORED, 1]]))).item() == 1.0
+
+
+def test_bga_pushes_likely_tokens_fully_rare_ones_by_beta_and_rarer_than_chance_only_by_their_probability():
+    log_p = torch.tensor([math.log(0.9), math.log(0.2), math.log(0.01)], dtype=torch.float64, requires_grad=True)
+    rest = (1 - log_p.detach().exp()).log()  # two tokens of a vocabulary of 3 share what the first leaves
+    logits = torch.stack([log_p, rest - math.log(2), rest - math.log(2)], dim=-1)[None]
+    labels = torch.tensor([[IGNORED, 0, 0, 0]])
+    padded = torch.cat([logits, torch.zeros(1, 1, 3)], dim=1)
+    for delta, pushed in ((0.0, [True, False, False]), (1.0, [True, True, False]), (9.0, [True, True, True])):
+        loss = bga(answers(padded, labels), beta=0.5, delta=delta).sum() * 3
+        got = torch.autograd.grad(loss, log_p, retain_graph=True)[0]
+        p = log_p.detach().exp()
+        # d log p / d logit = 1 - p
+        expected = (p + 0.5 * torch.tensor(pushed)) * (1 - p)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_kl_is_zero_at_the_original_and_allows_ruled_out_tokens():

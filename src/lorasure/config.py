@@ -213,7 +213,7 @@ class OptimizerSettings(Settings):
 class TrainSettings(OptimizerSettings):
     """How the adapter learns to forget."""
 
-    loss: str = option("ihl", "forget loss: ga, gd, kl, bga, npo, simnpo, ihl, dpo, idk or catnip")
+    loss: str = option("bga", "forget loss: ga, gd, kl, bga, npo, simnpo, ihl, dpo, idk or catnip")
     retain_loss: str | None = option(None, "retain loss: nll, kl or none (default: the one that goes with --loss)")
     lambda_: float = option(1.0, "weight of the retain loss", low=0)
     beta: float | None = option(None, "beta of bga, npo, simnpo, dpo, catnip (default: the loss's own)", above=0)

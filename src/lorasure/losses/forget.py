@@ -67,9 +67,9 @@ def _hinge(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def bga(answers: Answers, *, beta: float = 0.1, delta: float = 0.0) -> torch.Tensor:
     """Bounded gradient ascent, (count,): mean over tokens of p + beta max(0, log p + ln(vocabulary) + delta).
 
-    The bound is ours. p alone has no slope once it is near 0, as in ihl, which leaves a true answer in other words likelier than a
-    wrong one; log p alone has no bottom, as in ga. Here a token counts fully while it is likely and by beta until it is
-    no likelier than one drawn from the vocabulary; `delta` asks for as many nats less. Never below 0.
+    The bound is ours. p alone has no slope once it is near 0, as in ihl, and leaves a true answer in other words
+    likelier than a wrong one; log p alone has no bottom, as in ga. So a token counts fully while it is likely, and by
+    beta until it is no likelier than one drawn from the vocabulary, or `delta` nats less. Never below 0.
     """
 
     def token(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
