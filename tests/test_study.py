@@ -68,6 +68,18 @@ def test_the_chosen_trial_keeps_enough_where_one_does(stored):
     assert study.chosen("npo", list(study.STARTS)) == []
 
 
+def test_plain_lora_is_run_by_the_papers_rule_as_well_where_that_chooses_another_trial(stored):
+    import study
+
+    assert study.by_the_floor("ihl", ["contrast", "lora"]) == []  # no trial keeps .98, so this rule has chosen already
+    found = tuned()
+    found["trials"].append(trial("lora", 2, 0.99, 0.9))
+    (stored / "tune-ihl.json").write_text(json.dumps(found))
+    [(name, loss, settings)] = study.by_the_floor("ihl", ["contrast", "lora"])
+    assert (name, loss, settings["lr"]) == ("lora, 95% kept", "ihl", 1e-3)
+    assert study.chosen("ihl", ["lora"])[0][2]["lr"] == 3e-3 and study.by_the_floor("ihl", ["contrast"]) == []
+
+
 def test_what_is_stored_is_not_run_again(stored, monkeypatch, tmp_path):
     import study
 
