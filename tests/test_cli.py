@@ -96,7 +96,7 @@ USAGE = [
     (["--los", "npo"], "'--los'. Did you mean '--loss'?"),
     (["surplus"], "'surplus'"),
     (["--seed"], "--seed: expected one argument"),
-    (["--beta", "0.1"], "beta is not a setting of 'ihl'"),
+    (["--loss", "ihl", "--beta", "0.1"], "beta is not a setting of 'ihl'"),
     (["--coverage", "0.5", "--init", "lora"], "--coverage below 1"),
     (["--targets", "nothing_like_it"], "--targets"),
     (["--export-rank", "5"], "--export-rank must be in [1, 4]"),
