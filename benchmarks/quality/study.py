@@ -160,8 +160,8 @@ def runs(a: argparse.Namespace, where) -> None:
     wanted = [
         Cell(start, loss, split, seed, settings)
         for split in sorted(a.splits, key=lambda s: s != TUNED_ON)
+        for seed in range(SEEDS)  # a study that is cut short has the same seeds of all
         for start, loss, settings in picked
-        for seed in range(SEEDS)
     ]
     finish(wanted, STORED / "runs.jsonl", a, where)
 
