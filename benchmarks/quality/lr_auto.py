@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=[*SIZES, FEW, TOFU], choices=[*SIZES, FEW, TOFU])
     parser.add_argument("--inits", nargs="+", default=["lora", "vila", "contrast"])
-    parser.add_argument("--losses", nargs="+", default=["ihl", "npo"])
+    parser.add_argument("--losses", nargs="+", default=["bga", "ihl", "npo"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "lr_auto", help="models and data that are made")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with data/tofu and models")
