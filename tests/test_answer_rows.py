@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from adapted_step import terms_and_gradients
 from architectures import ARCHITECTURES, tiny_model
 from conftest import random_examples, tiny_llama
 from lorasure import answer_rows, lora, models
@@ -19,7 +19,7 @@ from lorasure.forward import answer_logits, answer_records, base_of
 from lorasure.importance.activations import second_moments
 from lorasure.importance.collect import Probe, moments
 from lorasure.init.apply import INITS, Evidence, Request, initialise
-from lorasure.layers import checkpointed, decoder_layers
+from lorasure.layers import decoder_layers
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.losses.tokens import shift
@@ -50,18 +50,7 @@ def step_of(name, *, restricted, prefix=False, checkpointing=False):
         objective.prefix = find_prefix(model, sites, [e for u in step for e in u.sequences], 1000, print)
         assert objective.prefix
     objective.observe_original(model, range(len(RETAIN)), 64)
-    start, _ = initialise(model, sites, INITS["lora"], lambda _: Evidence(), Request(2, 2.0), None)
-    wrapped = lora.attach(model, start, 2, 4.0, compensate=False)
-    trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in trained.values():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    with checkpointed(model) if checkpointing else nullcontext():
-        sums = objective(wrapped, step)
-        torch.stack(list(sums.values())).sum().backward()
-    found = {name: value.detach() for name, value in sums.items()}
-    return found | {n: p.grad for n, p in trained.items() if p.grad is not None}
+    return terms_and_gradients(model, sites, objective, step, checkpointing)
 
 
 def assert_same(found, expected):

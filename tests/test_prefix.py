@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GPTJConfig, GPTJForCausalLM
 
+from adapted_step import terms_and_gradients
 from architectures import ARCHITECTURES, GROUPED, tiny_model
 from conftest import VOCAB, random_examples, tiny_llama
-from lorasure import artifacts, lora, pipeline, prefix, train_stage
+from lorasure import artifacts, pipeline, prefix, train_stage
 from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate
 from lorasure.forward import answer_logits
-from lorasure.init.apply import INITS, Evidence, Request, initialise
-from lorasure.layers import checkpointed, decoder_layers
+from lorasure.layers import decoder_layers
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.objective import ForgetObjective, forget_steps
@@ -61,18 +60,7 @@ def step_of(
     objective.observe_original(model, [u.index for u in step if u.term == "retain"], 64)
     if spoil:
         objective.prefix.states = spoil(objective.prefix)
-    start, _ = initialise(model, sites, INITS["lora"], lambda _: Evidence(), Request(2, 2.0), None)
-    wrapped = lora.attach(model, start, 2, 4.0, compensate=False)
-    generator = torch.Generator().manual_seed(0)
-    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for p in trained.values():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    with checkpointed(model) if checkpointing else nullcontext():
-        sums = objective(wrapped, step)
-        torch.stack(list(sums.values())).sum().backward()
-    terms = {name: value.detach() for name, value in sums.items()}
-    return terms | {name: p.grad for name, p in trained.items() if p.grad is not None}, objective
+    return terms_and_gradients(model, sites, objective, step, checkpointing), objective
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
