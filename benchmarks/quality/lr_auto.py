@@ -1,6 +1,6 @@
 """`--lr auto` beside fixed learning rates, on models of several sizes.
 
-    python benchmarks/quality/lr_auto.py [--sizes 64x2 ...] [--inits lora vila contrast] [--losses ihl npo] [--table]
+    python benchmarks/quality/lr_auto.py [--sizes 64x2 ...] [--inits lora vila contrast] [--losses ...] [--table]
 
 Models of four sizes are made as the demo does, from 20 invented people, and told to forget five of them (40 rows;
 `few`: five rows of one). `tofu` is the model of 5.9 M parameters in --shared, which forgets TOFU's forget05. 5 epochs,
@@ -97,7 +97,8 @@ class Case:
         from dataclasses import replace
 
         from lorasure import artifacts, pipeline
-        from lorasure.stages import RATE, score_sets
+        from lorasure.outcome import RATE
+        from lorasure.stages import score_sets
         from lorasure.train_stage import train_adapter
         from lorasure.workbench import Workbench
 

@@ -156,7 +156,7 @@ def method_of(start: str) -> dict[str, Any]:
 
 def runs(a: argparse.Namespace, where) -> None:
     """STORED/runs.jsonl: a line per start, loss, split and seed at the chosen settings."""
-    picked = [row for group in a.groups for row in chosen(group, a.starts) + by_the_floor(group, a.starts)]
+    picked = to_run(a.groups, a.starts)
     wanted = [
         Cell(start, loss, split, seed, settings)
         for split in sorted(a.splits, key=lambda s: s != TUNED_ON)
@@ -168,11 +168,14 @@ def runs(a: argparse.Namespace, where) -> None:
 
 def attacks(a: argparse.Namespace, where) -> None:
     """STORED/attacks.jsonl: one attacked run of each of ATTACKED."""
-    starts = list(STARTS)
-    rows = [row for group in GROUPS for row in chosen(group, starts) + by_the_floor(group, starts)]
-    picked = {(loss, start): settings for start, loss, settings in rows}
+    picked = {(loss, start): settings for start, loss, settings in to_run(list(GROUPS), list(STARTS))}
     wanted = [Cell(start, loss, TUNED_ON, 0, picked[loss, start], True) for loss, start in ATTACKED]
     finish(wanted, STORED / "attacks.jsonl", a, where)
+
+
+def to_run(groups: list[str], starts: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(start, loss, settings) of everything that gets a row in the tables."""
+    return [row for group in groups for row in chosen(group, starts) + by_the_floor(group, starts)]
 
 
 def by_the_floor(group: str, starts: list[str]) -> list[tuple[str, str, dict[str, Any]]]:

@@ -1,15 +1,24 @@
-"""What a run hands over: an adapter, an assistant whose logits are subtracted, or whole weights. Nothing heavy here."""
+"""What a run found and hands over: its learning rate, an adapter, an assistant or whole weights. Nothing heavy here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from .artifacts import ADAPTER, MERGED, read_manifest
+from .config import AUTO
 from .errors import DataError
 
 ASSISTANT = "assistant"
 ABOUT_ASSISTANT = "assistant.json"
+RATE = "learning_rate"  # in summary.json, where --lr auto has found one
+
+
+def learning_rate(summary: Mapping[str, Any]) -> float:
+    """Of a run by its summary: the one given, which may have replaced what auto had found."""
+    given = summary["settings"]["lr"]
+    return summary[RATE]["rate"] if given == AUTO else given
 
 
 def weights_of(files: Iterable[str]) -> str | None:

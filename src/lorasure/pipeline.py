@@ -22,9 +22,9 @@ from .config import (
 )
 from .errors import DataError, UsageError
 from .fitting import fit_memory
+from .outcome import RATE
 from .progress import Reporter
 from .stages import (
-    RATE,
     Start,
     export,
     load_importance,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import artifacts, card, lora
-from .config import AUTO
 from .data.examples import Example, collate
 from .errors import DataError, NumericError
 from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
@@ -25,13 +24,13 @@ from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise
 from .init.low_rank import Factors
+from .outcome import learning_rate
 from .progress import peak_memory
 from .sites import Site
 from .workbench import Workbench
 
 Records = Mapping[Example, Record]
 
-RATE = "learning_rate"  # in summary.json, where --lr auto has found one
 CHECKED_ROWS = 4  # of each set, for the check of the exported adapter
 
 
@@ -260,7 +259,7 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     before, after = summary["before"], summary["after"]
     known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
     harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
-    method = summary["method"] if "method" in summary else _advice(_rate(summary))
+    method = summary["method"] if "method" in summary else _advice(learning_rate(summary))
     text = "The forget set is forgotten by this measure and the retain set is kept."
     if known:
         text = f"The forget set is still known. Try {method['known']}."
@@ -270,12 +269,6 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     if utility and not utility["kept"]:
         text += f" No state after an epoch kept {utility['floor']:g} of the retain probability; this is the last one."
     return {"still_known": known, "retain_harmed": harmed, "text": text}
-
-
-def _rate(summary: Mapping[str, Any]) -> float:
-    """The learning rate of a run: the one given, which may have replaced what auto had found."""
-    given = summary["settings"]["lr"]
-    return summary[RATE]["rate"] if given == AUTO else given
 
 
 def _advice(lr: float) -> dict[str, str]:

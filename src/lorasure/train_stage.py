@@ -19,9 +19,10 @@ from .errors import DataError
 from .level import ROWS as LEVEL_ROWS
 from .level import Level
 from .objective import ForgetObjective, Unit, forget_steps, retain_penalty
+from .outcome import RATE
 from .prefix import find_prefix
 from .progress import Reporter
-from .stages import RATE, Start, mean_nll, mean_probability, scored_rows, scores_from, update_summary
+from .stages import Start, mean_nll, mean_probability, scored_rows, scores_from, update_summary
 from .train import fit
 from .workbench import Workbench
 

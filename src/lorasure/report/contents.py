@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..outcome import learning_rate
 from . import charts
 from .questions import Questions, questions
 from .read import ROLES, Run, Suite, truth_ratios
@@ -103,8 +104,7 @@ def _done(run: Run) -> Pairs:
     if run.steps and not method:
         against = f" against {s['retain_loss'] or 'its own retain loss'} x {s['lambda']:g}"
         length = f"{s['epochs']} epochs, {len(run.steps)} steps"
-        rate = run.summary["learning_rate"]["rate"] if s["lr"] == "auto" else s["lr"]
-        found.append(("Training", f"{s['loss']}{against}, learning rate {rate:.2g}, {length}"))
+        found.append(("Training", f"{s['loss']}{against}, learning rate {learning_rate(run.summary):.2g}, {length}"))
     if export:
         checked = f"largest logit difference {export['max_logit_difference']:.1e} (bound {export['bound']:.1e})"
         found.append(("Adapter", f"rank {export['rank']}, checked on the untouched base: {checked}"))
