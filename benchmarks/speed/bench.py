@@ -171,32 +171,39 @@ def growth(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def whole_run(a: argparse.Namespace, results: dict[str, Any], work, folder: Path) -> dict[str, Any]:
-    """NPO with VILA as whole processes. What `published` would take is put together from its timed parts."""
-    from clock import spread
+    """NPO with VILA as whole processes, alternating. `published` is put together from its timed parts."""
+    from clock import alternate, ratios, spread
     from worker import in_process, measured
     from workload import EPOCHS, Setting
 
     s, rows = Setting(), len(work.examples[0])
     files = work.write(folder)
-    flags = {"model": work.folder, "forget": files[0], "retain": files[1], "out": folder / "run", "loss": "npo"}
+    flags = {"model": work.folder, "forget": files[0], "retain": files[1], "loss": "npo"}
     flags |= {"epochs": EPOCHS, "batch-size": s.batch_size, "rank": s.rank, "alpha": s.alpha, "beta": s.beta}
     flags |= {"init": "vila", "lr": s.lr, "device": "cpu", "max-grad-growth": 1e9}
     command = [sys.executable, "-m", "lorasure", "forget", *(f"--{k}={v}" for k, v in flags.items())]
-    ours = measured(command, a.threads)
-    typical = in_process({"job": "run", "shared": str(a.shared), "rows": rows, "threads": a.threads})
-    found = {"rows": 2 * rows, "ours": ours, "typical": typical}
+    parts: list[dict[str, float]] = []
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            return measured([*command, f"--out={out}/run"], a.threads)["total_seconds"]
+
+    def typical() -> float:
+        parts.append(in_process({"job": "run", "shared": str(a.shared), "rows": rows, "threads": a.threads}))
+        return parts[-1]["total_seconds"]
+
+    rounds = 1 if a.quick else 3
+    times = alternate({"ours": ours, "typical": typical}, rounds, lambda line: print(f"  run: {line}", flush=True))
     published = {
         name: results["parts"].get(name, {}).get("methods", {}).get("published") for name in ("importance", "npo")
     }
     if all(published.values()):
-        fixed = typical["total_seconds"] - typical["importance_seconds"] - typical["train_seconds"]
         each = {k: spread(p["seconds"])["median"] / p["rows"] for k, p in published.items()}
-        total = fixed + 2 * rows * (10 * each["importance"] + EPOCHS * each["npo"])
-        found["published"] = {"total_seconds": total, "composed": True}
-    found["ratios"] = {
-        m: found[m]["total_seconds"] / ours["total_seconds"] for m in ("published", "typical") if m in found
-    }
-    return found
+        timed = 2 * rows * (10 * each["importance"] + EPOCHS * each["npo"])
+        times["published"] = [
+            p["total_seconds"] - p["importance_seconds"] - p["train_seconds"] + timed for p in parts
+        ]  # what surrounds them as in `typical`
+    return {"rows": 2 * rows, "seconds": times, "ratios": ratios(times, dict.fromkeys(times, 2 * rows))}
 
 
 if __name__ == "__main__":

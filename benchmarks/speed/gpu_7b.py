@@ -4,10 +4,10 @@
     python benchmarks/speed/gpu_7b.py --tiny     # the same stages on the CPU with a small shape
 
 Runs from a bare checkout where torch, transformers, peft and accelerate are installed. Prints, per model: seconds per
-stage (importance in LoRA space, importance of all weights as far as memory allows, initialisation, five epochs of NPO
-and of IHL), tokens per second, the share of the measured matrix rate that the least arithmetic makes up (4 operations
-per frozen weight and token), peak memory, and the size of what importance stores. 32 forget rows and as many retain
-rows per step.
+stage (importance in LoRA space, importance of all weights as far as memory allows, initialisation by `vila` and by
+`contrast`, five epochs of NPO and of IHL), tokens per second, the share of the measured matrix rate that the least
+arithmetic makes up (4 operations per frozen weight and token), peak memory and what `lorasure plan` says it is, and the
+size of what importance stores. 32 forget rows and as many retain rows per step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,29 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig, PreTrainedModel
 
 from lorasure import lora
+from lorasure.answer_rows import find_free_layers
 from lorasure.config import OptimizerSettings
 from lorasure.data.examples import Example
+from lorasure.footprint import Footprint, Rows, Shapes, by_stage
+from lorasure.importance.activations import InGroups, room_on, second_moments
 from lorasure.importance.collect import Probe, moments
 from lorasure.importance.measure import Importance, measure
-from lorasure.init.apply import INITS, Evidence, Request, initialise
+from lorasure.init.apply import INITS, Evidence, Request, initialise, of_moments
+from lorasure.init.low_rank import Factors
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
+from lorasure.models import pick_token_budget
 from lorasure.objective import ForgetObjective, forget_steps
+from lorasure.packing import find_packing
 from lorasure.sites import Site, all_sites
 from lorasure.train import fit
 
 RANK, ALPHA, SIGMA = 8, 16.0, 0.05
 # Prompt and answer tokens at 32 evenly spaced quantiles of forget10 and as many retain rows.
-LENGTHS = [(20, 15), (22, 19), (24, 22), (38, 12), (27, 25), (25, 29), (29, 27), (29, 29), (29, 31), (26, 35), (29, 33)]
-LENGTHS += [(32, 31), (29, 36), (27, 39), (31, 37), (26, 43), (29, 41), (30, 41), (23, 50), (28, 46), (26, 50)]
-LENGTHS += [
-    (28, 49),
-    (30, 49),
-    (28, 53),
-    (29, 54),
-    (31, 55),
-    (35, 53),
-    (29, 62),
-    (28, 67),
-    (26, 73),
-    (42, 64),
-    (45, 77),
-]
+LENGTHS = (
+    "20+15 22+19 24+22 38+12 27+25 25+29 29+27 29+29 29+31 26+35 29+33 32+31 29+36 27+39 31+37 26+43 "
+    "29+41 30+41 23+50 28+46 26+50 28+49 30+49 28+53 29+54 31+55 35+53 29+62 28+67 26+73 42+64 45+77"
+)
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -88,7 +84,10 @@ def build(name: str, device: torch.device, *, four_bit: bool) -> PreTrainedModel
         model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=dtype)
     model.eval().requires_grad_(False)
     model.config.use_cache = False
-    return _quantised(model, device) if four_bit else model
+    model = _quantised(model, device) if four_bit else model
+    find_free_layers(model)
+    find_packing(model)
+    return model
 
 
 def _quantised(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -117,47 +116,67 @@ def _quantised(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 def examples(count: int, vocabulary: int, seed: int) -> list[Example]:
     """Random tokens with TOFU's lengths."""
     generator = torch.Generator().manual_seed(seed)
+    lengths = [tuple(map(int, pair.split("+"))) for pair in LENGTHS.split()]
     found = []
     for i in range(count):
-        prompt, answer = LENGTHS[i % len(LENGTHS)]
+        prompt, answer = lengths[i % len(lengths)]
         ids = torch.randint(vocabulary, (prompt + answer,), generator=generator).tolist()
         found.append(Example(tuple(ids), prompt, f"row {i}"))
     return found
 
 
 class Stages:
-    """Times stages on a device, with the peak of its memory in each."""
+    """Times stages on a device, with the peak of its memory in each, and prints them. `rate`: see `matrix_rate`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, rate: float) -> None:
+        self.device, self.rate = device, rate
         self.found: dict[str, dict[str, float]] = {}
 
     def run(self, name: str, work: Callable[[], Any], **about: float) -> Any:
-        self._settle()
+        settle(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         result = work()
-        self._settle(reset=False)
+        settle(self.device)
         self.found[name] = {"seconds": time.perf_counter() - began, **about}
         if self.device.type == "cuda":
             self.found[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.show(name)
         return result
 
-    def _settle(self, reset: bool = True) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            if reset:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+    def show(self, name: str) -> None:
+        """One line."""
+        stage = self.found[name]
+        line = f"  {name:38} {stage['seconds']:8.2f} s"
+        if "tokens" in stage:
+            line += f"  {stage['tokens'] / stage['seconds']:9.0f} tokens/s"
+        if "operations" in stage:
+            line += f"  {stage['operations'] / stage['seconds'] / self.rate:5.1%} of the rate"
+        if "peak_gib" in stage:
+            line += f"  peak {stage['peak_gib']:.1f} GiB"
+        print(line, flush=True)
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    stages, best = Stages(device), float("inf")
+    best = float("inf")
     for _ in range(5):
-        stages.run("product", lambda: [a @ b for _ in range(5)])
-        best = min(best, stages.found["product"]["seconds"])
+        settle(device)
+        began = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        settle(device)
+        best = min(best, time.perf_counter() - began)
     return 5 * 2 * size**3 / best
 
 
@@ -174,9 +193,10 @@ def that_fit(sites: Sequence[Site], device: torch.device) -> list[Site]:
     return kept
 
 
-def measure_model(name: str, a: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure_model(name: str, a: argparse.Namespace, device: torch.device, rate: float) -> dict[str, Any]:
     """All stages of one model."""
-    stages = Stages(device)
+    stages = Stages(device, rate)
+    print(name)
     model = stages.run("build", lambda: build(name, device, four_bit=a.four_bit))
     sites = all_sites(model)
     vocabulary = model.config.get_text_config().vocab_size
@@ -197,9 +217,14 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device) -> dic
         "importance, lora", lambda: importance(sites, "lora", "variance"), tokens=tokens, operations=least
     )
     stored = stored_bytes(found)
-    request = Request(RANK, ALPHA / RANK)
-    evidence = lambda site: Evidence(found.weights(site, device))  # noqa: E731
-    start, _ = stages.run("init", lambda: initialise(model, sites, INITS["vila"], evidence, request, None))
+    start = stages.run(
+        "init, vila", lambda: start_by("vila", lambda s: Evidence(found.weights(s, device)), model, sites)
+    )
+    read = InGroups(
+        sites, "inputs", lambda some: [directions(model, some, part, a.tokens) for part in sets], room_on(device)
+    )
+    stages.run("init, contrast", lambda: start_by("contrast", of_moments(read), model, sites))
+    read.held = ({}, {})
     if a.full:
         chosen = that_fit(sites, device)
         stages.run(
@@ -207,9 +232,52 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device) -> dic
             lambda: importance(chosen, "full", "fisher"),
             tokens=tokens,
         )
-    for loss in ("npo", "ihl"):
+    for loss in a.losses:
         train(stages, model, start, sets, loss, a, tokens, least)
-    return {"model": name, "weights_gib": weights / 2**30, "stored_map_mib": stored / 2**20, "stages": stages.found}
+    said = {stage: size / 2**30 for stage, size in by_stage(footprint(name, a, sets).parts(), "device").items()}
+    about = {"model": name, "weights_gib": weights / 2**30, "stored_map_mib": stored / 2**20, "said_gib": said}
+    print(f"  weights {weights / 2**30:.2f} GiB, stored maps {stored / 2**20:.1f} MiB, said to need: ", end="")
+    print(", ".join(f"{stage} {size:.1f}" for stage, size in said.items()) + " GiB", flush=True)
+    return about | {"stages": stages.found}
+
+
+def start_by(
+    init: str, evidence: Callable[[Site], Evidence], model: PreTrainedModel, sites: Sequence[Site]
+) -> dict[Site, Factors]:
+    """The factors that training starts from."""
+    return initialise(model, sites, INITS[init], evidence, Request(RANK, ALPHA / RANK), None)[0]
+
+
+def directions(model: PreTrainedModel, sets: Any, tokens: int, sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """Second moments of what some sites read, of both sets."""
+    return [second_moments(model, sites, rows, of_inputs=True, token_budget=tokens) for rows in sets]
+
+
+def footprint(name: str, a: argparse.Namespace, sets: Sequence[Sequence[Example]]) -> Footprint:
+    """What `lorasure plan` says of such a run on a GPU, with steps of random rows."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[name]())
+    sites = all_sites(model)
+    rows = [Rows([len(e) for e in part], [e.answer_length for e in part]) for part in sets]
+    both = Rows([*rows[0].lengths, *rows[1].lengths], [*rows[0].answers, *rows[1].answers])
+    step = Rows([n for r in rows for n in r.lengths[:32]], [n for r in rows for n in r.answers[:32]])
+    return Footprint(
+        Shapes.of(model, sites, torch.bfloat16),
+        measured=both,
+        steps=[step],
+        token_budget=a.tokens,
+        rank=RANK,
+        factors=2,
+        probe=Probe("lora", RANK, SIGMA, ALPHA / RANK, 0),
+        importance=True,
+        directions="inputs",
+        coverage=1.0,
+        gradient_checkpointing=False,
+        four_bit=a.four_bit,
+        on_cpu=False,
+        shares=1,
+        kept=0,
+    )
 
 
 def stored_bytes(found: Importance) -> int:
@@ -241,28 +309,14 @@ def train(stages: Stages, model, start, sets, loss: str, a: argparse.Namespace, 
     model.requires_grad_(False)
 
 
-def show(found: dict[str, Any], rate: float) -> None:
-    """One line per stage."""
-    title = f"{found['model']}: weights {found['weights_gib']:.2f} GiB, stored maps {found['stored_map_mib']:.1f} MiB"
-    print(title)
-    for name, stage in found["stages"].items():
-        line = f"  {name:38} {stage['seconds']:8.2f} s"
-        if "tokens" in stage:
-            line += f"  {stage['tokens'] / stage['seconds']:9.0f} tokens/s"
-        if "operations" in stage:
-            line += f"  {stage['operations'] / stage['seconds'] / rate:5.1%} of the rate"
-        if "peak_gib" in stage:
-            line += f"  peak {stage['peak_gib']:.1f} GiB"
-        print(line, flush=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["llama-2-7b", "phi-1.5", "llama-3.1-8b"])
     parser.add_argument("--four-bit", action="store_true", help="NF4 base, needs bitsandbytes")
+    parser.add_argument("--losses", nargs="+", choices=list(FORGET_LOSSES), default=["npo", "ihl"])
     parser.add_argument("--rows", type=int, default=400, help="of each set")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=8192, help="padded tokens in one forward pass")
+    parser.add_argument("--tokens", type=int, help="padded tokens in one forward pass (default: as `forget`)")
     parser.add_argument("--no-full", dest="full", action="store_false", help="leave out importance of all weights")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a small shape, few rows")
@@ -270,14 +324,15 @@ def main() -> int:
     if a.tiny:
         a.models, a.rows, a.epochs, a.tokens = ["tiny"], 32, 1, 1024
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    a.tokens = pick_token_budget(a.tokens, device)
     rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: {rate / 1e12:.2f} T operations/s in matrix products", flush=True)
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "rate": rate, "four_bit": a.four_bit}
+    results |= {"rows": 2 * a.rows, "tokens_per_pass": a.tokens}
     results["models"] = []
     for model in a.models:
-        results["models"].append(measure_model(model, a, device))
-        show(results["models"][-1], rate)
+        results["models"].append(measure_model(model, a, device, rate))
         if a.results:
             a.results.write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -64,6 +64,7 @@ def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = No
     """
     head = _head_of(model)
     mask, _ = shift(batch.labels)
+    owners = batch.example, batch.count
     restricted = partial(at_answers, base_of(model), mask)
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
     if not trained and _PROJECTS_ONLY.get(model, True):
@@ -73,7 +74,7 @@ def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = No
             with torch.no_grad():
                 _PROJECTS_ONLY[model] = torch.equal(head(hidden[None, :1])[0].to(first.dtype), first)
         if _PROJECTS_ONLY[model]:
-            return selected_answers(hidden, batch.labels, head), reference_hidden
+            return selected_answers(hidden, batch.labels, head, owners=owners), reference_hidden
 
     def choose(hidden: Tensor) -> Tensor:
         picked = hidden[mask]
@@ -84,7 +85,8 @@ def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = No
     with _select_before_head(head, choose), restricted():
         logits = model(**batch.inputs, use_cache=False).logits[0]
     count = int(mask.sum())
-    return selected_answers(logits[:count], batch.labels), None if reference_hidden is None else logits[count:]
+    answers = selected_answers(logits[:count], batch.labels, owners=owners)
+    return answers, None if reference_hidden is None else logits[count:]
 
 
 def _answer_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .precision import matrix_units
+
 
 class LoraProduct(torch.autograd.Function):
     """y + s (B A - B0 A0) x for x (..., in), factors A (r, in), B (out, r) and frozen tails A0, -B0 or None.
@@ -37,28 +39,30 @@ class LoraProduct(torch.autograd.Function):
         a, b = a.view(ctx.rank, -1), b.view(-1, ctx.rank)
         if a0 is not None and b0 is not None:
             a, b = torch.cat([a, a0.view(a.shape)]), torch.cat([b, b0.view(b.shape)], dim=1)
-        inner = _rows(x).to(a.dtype) @ a.T
-        ctx.save_for_backward(x, inner, a, b, weight)
-        if y is None:
-            assert weight is not None
-            return _add(linear(x, weight, bias), inner, b.T, scaling)
-        return _add(y.clone(), inner, b.T, scaling)
+        with matrix_units(x):
+            inner = _rows(x).to(a.dtype) @ a.T
+            ctx.save_for_backward(x, inner, a, b, weight)
+            if y is None:
+                assert weight is not None
+                return _add(linear(x, weight, bias), inner, b.T, scaling)
+            return _add(y.clone(), inner, b.T, scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, y, A and B, from that of the output."""
         x, inner, a, b, weight = ctx.saved_tensors
         d = _rows(gradients[0]).to(b.dtype)
-        back = (d @ b).mul_(ctx.scaling)
         to_x, to_y, _, _, to_a, to_b, *_ = ctx.needs_input_grad
         d_x = d_a = d_b = None
-        if to_x:
-            d_x = torch.zeros_like(x) if weight is None else gradients[0] @ weight
-            d_x = _add(d_x, back, a, 1.0)
-        if to_a:
-            d_a = (back[:, : ctx.rank].T @ _rows(x).to(a.dtype)).view(ctx.shapes[0])
-        if to_b:  # few rows times many columns: several times as fast as many rows times few columns
-            d_b = (inner[:, : ctx.rank].T @ d).mul_(ctx.scaling).T.reshape(ctx.shapes[1])
+        with matrix_units(x):
+            back = (d @ b).mul_(ctx.scaling)
+            if to_x:
+                d_x = torch.zeros_like(x) if weight is None else gradients[0] @ weight
+                d_x = _add(d_x, back, a, 1.0)
+            if to_a:
+                d_a = (back[:, : ctx.rank].T @ _rows(x).to(a.dtype)).view(ctx.shapes[0])
+            if to_b:  # few rows times many columns: several times as fast as many rows times few columns
+                d_b = (inner[:, : ctx.rank].T @ d).mul_(ctx.scaling).T.reshape(ctx.shapes[1])
         return d_x, gradients[0] if to_y else None, None, None, d_a, d_b, None, None, None
 
 

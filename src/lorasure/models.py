@@ -26,6 +26,7 @@ from .artifacts import sha256
 from .errors import DataError, LorasureError, NumericError, ResourceError, UsageError
 from .layers import decoder_layers
 from .model_files import commit, locate, weight_files
+from .packing import find_packing
 from .registry import lookup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,6 +129,7 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     check_causal(loaded, model)
     find_free_layers(loaded)
+    find_packing(loaded)
     return loaded
 
 

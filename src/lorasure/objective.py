@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data.examples import Example, collate
+from .data.examples import Example
 from .data.pairing import pairs
 from .forward import Progress, Record, answer_logits, base_of
 from .losses.forget import LossFunction, needs
 from .original import FINAL, PREFIX, RECORD, observe
+from .packing import batch_of
 from .prefix import Prefix
 
 Sums = dict[str, Tensor]
@@ -116,7 +117,7 @@ class ForgetObjective:
         hidden = None
         if retain and self.uses_original_states:
             hidden = torch.cat([self.retain_hidden[u.index] for u in retain]).to(device)
-        batch = collate(examples).to(device)
+        batch = batch_of(model, examples)
         with self.prefix.feeding(examples, batch) if self.prefix else nullcontext():
             answers, original = answer_logits(model, batch, hidden)
         *blocks, kept = answers.split([len(forget)] * columns + [len(retain)])
@@ -146,7 +147,7 @@ def forget_steps(
 
 def learn(model: Any, units: Sequence[Unit]) -> Sums:
     """The objective of fine-tuning: NLL per answer token, summed over examples."""
-    batch = collate([u.sequences[0] for u in units]).to(base_of(model).device)
+    batch = batch_of(model, [u.sequences[0] for u in units])
     return {"learn": answer_logits(model, batch)[0].nll_mean.sum()}
 
 

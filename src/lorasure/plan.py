@@ -21,11 +21,11 @@ from .data.examples import Example, micro_batches
 from .fitting import epoch_steps, fit_memory, footprint, free_memory
 from .footprint import Part, peak
 from .forward import answer_records
-from .importance.activations import InGroups, second_moments
+from .importance.activations import InGroups, room_on, second_moments
 from .importance.measure import measure
 from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
-from .init.apply import Evidence, initialise
+from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
 from .objective import forget_steps
 from .prefix import find_prefix
@@ -138,10 +138,10 @@ def _try_measuring(bench: Workbench) -> tuple[float, Callable[[Site], Evidence],
         clock = Clock()
         options = {"token_budget": budget, "progress": clock.tick, "of_inputs": bench.init.evidence == "inputs"}
         both = lambda some: [second_moments(bench.model, some, rows, **options) for rows in sets]  # noqa: E731
-        directions = InGroups(sites, bench.init.evidence, both)
+        directions = InGroups(sites, bench.init.evidence, both, room_on(bench.device))
         directions(sites[0])
         rate += clock.per_token(budget, *sets) * len(directions.groups)
-        evidence = lambda site: Evidence(None, *directions(site))  # noqa: E731
+        evidence = of_moments(directions)
     return rate, evidence, sites
 
 

@@ -18,11 +18,11 @@ from .data.examples import Example, collate
 from .errors import DataError, NumericError
 from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
 from .forward import Progress, Record, answer_logits, answer_records
-from .importance.activations import InGroups, second_moments
+from .importance.activations import InGroups, room_on, second_moments
 from .importance.measure import Importance, measure
 from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
-from .init.apply import Evidence, initialise
+from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
 from .outcome import learning_rate
 from .progress import peak_memory
@@ -139,8 +139,9 @@ def _evidence(bench: Workbench, sites: Sequence[Site], importance: Importance | 
     if bench.init.evidence == "importance" and importance:
         return lambda site: Evidence(weights=importance.weights(site, bench.device))
     sets = bench.data[0].examples, bench.measured_retain
-    found = InGroups(sites, bench.init.evidence, lambda some: _directions(bench, some, sets))
-    return lambda site: Evidence(None, *found(site))
+    measured = partial(_directions, bench, sets=sets)
+    found = InGroups(sites, bench.init.evidence, measured, room_on(bench.device))
+    return of_moments(found)
 
 
 def _directions(bench: Workbench, sites: Sequence[Site], sets: Sequence[Sequence[Example]]) -> list[dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 IGNORED = -100  # the label of a token that carries no loss, as in transformers
+PACKED = 512  # tokens in a row of several examples; attention within it takes a fiftieth of the time in a 7B model
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,33 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch, every tensor (examples, tokens) of dtype int64. Padding has attention 0 and label -100."""
+    """`count` examples, padded: every tensor (rows, tokens) of dtype int64. Padding has attention 0 and label -100.
+
+    `example`: which one a position belongs to. From `collate` every example is a row of its own; in rows from `pack`
+    one follows another, in order, and `position_ids` begin again at 0.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
+    example: torch.Tensor
+    count: int
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(t.to(device) for t in (self.input_ids, self.attention_mask, self.position_ids, self.labels)))
+        tensors = self.input_ids, self.attention_mask, self.position_ids, self.labels, self.example
+        return Batch(*(t.to(device) for t in tensors), self.count)
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model's forward takes; the labels stay outside, the loss is ours.
 
         Padding on the right is behind every real token, so a causal model sees none of it, and its default positions
-        are the right ones. Attention that is told of no mask is faster.
+        are the right ones. Attention that is told of no mask is faster. For packed rows transformers makes the mask
+        from positions that begin again.
         """
+        if self.count != len(self.input_ids):
+            return {"input_ids": self.input_ids, "position_ids": self.position_ids}
         if self.attention_mask[:, 0].all():
             return {"input_ids": self.input_ids}
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
@@ -84,19 +95,46 @@ def collate(examples: Sequence[Example], side: str = "right") -> Batch:
     if side not in ("left", "right"):
         raise ValueError(f"side must be 'left' or 'right', got {side!r}")
     width = max(len(e) for e in examples)
-    shape = (len(examples), width)
+    starts = [0 if side == "right" else width - len(e) for e in examples]
+    return _placed(examples, [(i, start) for i, start in enumerate(starts)], (len(examples), width))
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """Several examples in a row, one after another, in rows of PACKED tokens at most (or a single example).
+
+    In as few rows as that takes, and these as short as that allows. If each has a row of its own, `collate` is as good.
+    """
+    lengths = [len(e) for e in examples]
+    widest = max(*lengths, PACKED)
+    rows = _in_rows(lengths, widest)[-1][0] + 1
+    width = next(w for w in range(max(lengths), widest + 1) if _in_rows(lengths, w)[-1][0] < rows)
+    return collate(examples) if rows == len(examples) else _placed(examples, _in_rows(lengths, width), (rows, width))
+
+
+def _in_rows(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """(row, start) of each example, one after another, a new row where one does not fit into the rest of the last."""
+    found, row, end = [], 0, 0
+    for length in lengths:
+        if end + length > width:
+            row, end = row + 1, 0
+        found.append((row, end))
+        end += length
+    return found
+
+
+def _placed(examples: Sequence[Example], places: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Batch:
+    """The batch with each example at its (row, start)."""
     ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     positions, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED, dtype=torch.int64)
-    for i, example in enumerate(examples):
-        n = len(example)
-        start = 0 if side == "right" else width - n
-        tokens = torch.tensor(example.input_ids, dtype=torch.int64)
-        ids[i, start : start + n] = tokens
-        mask[i, start : start + n] = 1
-        positions[i, start : start + n] = torch.arange(n)
-        first = max(example.answer_start, 1)
-        labels[i, start + first : start + n] = tokens[first:]
-    return Batch(ids, mask, positions, labels)
+    owner = torch.zeros(shape, dtype=torch.int64)
+    for i, (example, (row, start)) in enumerate(zip(examples, places, strict=True)):
+        stop, first = start + len(example), start + max(example.answer_start, 1)
+        ids[row, start:stop] = torch.tensor(example.input_ids, dtype=torch.int64)
+        mask[row, start:stop] = 1
+        positions[row, start:stop] = torch.arange(len(example))
+        labels[row, first:stop] = ids[row, first:stop]
+        owner[row, start:stop] = i
+    return Batch(ids, mask, positions, labels, owner, len(examples))
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

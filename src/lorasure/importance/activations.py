@@ -16,9 +16,16 @@ from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError
 from ..forward import Progress, answer_hidden
 from ..layers import decoder_layers
+from ..precision import matrix_units
 from ..sites import Site, tap
 
 ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 1.4e9
+SHARE = 4  # of the memory that is free on a GPU, one in so many bytes may be held where that is more
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of second moments to hold at once; each group of sites costs a pass over both sets."""
+    return max(ROOM, torch.cuda.mem_get_info(device)[0] // SHARE) if device.type == "cuda" else ROOM
 
 
 def side_of(evidence: str) -> int:
@@ -55,8 +62,9 @@ def second_moments(
             assert same, f"{site.name} reads what {owner} reads in some passes only"
             return
         last = z, site.name  # held, so that its memory is nobody else's while it is compared with
-        z = z[mask].float()
-        total[site.name] = total.get(site.name, 0) + z.T @ z
+        with matrix_units(z):
+            z = z[mask].float()
+            total[site.name] = total.get(site.name, 0) + z.T @ z
 
     with tap(model, sites, forward=observe), _ending_above(model, sites):
         for group in micro_batches([len(e) for e in examples], token_budget):

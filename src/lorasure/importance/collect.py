@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .. import processes
 from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError, UsageError
 from ..forward import Progress, answer_logits
+from ..precision import matrix_units
 from ..sites import Site, tap
 from .moments import Moments
 
@@ -67,15 +69,19 @@ def per_example(probe: Probe, factors: dict[str, Tensor], x: Tensor, d: Tensor) 
 
     Yields one dictionary, or several over chunks of examples in `full` space, where a gradient is as large as W.
     """
+    units = partial(matrix_units, x)
     x, d = x.float(), d.float()
     if probe.space == "full":
         step = max(1, FULL_CHUNK // (x.shape[-1] * d.shape[-1]))
         for start in range(0, len(x), step):
-            yield {"W": d[start : start + step].mT @ x[start : start + step]}
+            with units():
+                found = d[start : start + step].mT @ x[start : start + step]
+            yield {"W": found}
         return
     # Always k rows times many columns: several times as fast as many rows times k columns.
-    left = ((x @ factors["A"].T).mT @ d).mT
-    right = (factors["B"].T @ d.flatten(0, 1).T).unflatten(1, d.shape[:2]).transpose(0, 1) @ x
+    with units():
+        left = ((x @ factors["A"].T).mT @ d).mT
+        right = (factors["B"].T @ d.flatten(0, 1).T).unflatten(1, d.shape[:2]).transpose(0, 1) @ x
     if probe.space == "lora":
         yield {"B": probe.scaling * left, "A": probe.scaling * right}
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,11 +31,29 @@ from .spectral import require_finite
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured for one site: importance `weights`, or second moments on the `forget` and `retain` set."""
+    """What was measured for one site: importance `weights`, or second moments on the `forget` and `retain` set.
+
+    `made`: directions found so far. Sites that read the same tensor share their evidence, so these too.
+    """
 
     weights: Weights | None = None
     forget: Tensor | None = None
     retain: Tensor | None = None
+    made: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+
+
+def of_moments(measured: Callable[[Site], tuple[Tensor, Tensor]]) -> Callable[[Site], Evidence]:
+    """Evidence of a site from its second moments: one and the same for sites in a row that share the tensors."""
+    last = Evidence()
+
+    def evidence(site: Site) -> Evidence:
+        nonlocal last
+        forget, retain = measured(site)
+        if forget is not last.forget:
+            last = Evidence(None, forget, retain)
+        return last
+
+    return evidence
 
 
 @dataclass(frozen=True)
@@ -82,7 +100,12 @@ def weighted(matrix: Tensor, evidence: Evidence, request: Request) -> Product | 
 
 def _directions(evidence: Evidence, request: Request) -> Tensor:
     assert evidence.forget is not None and evidence.retain is not None
-    return contrast_directions(evidence.forget, evidence.retain, request.rank, balance=request.balance)
+    key = request.rank, request.balance
+    if key not in evidence.made:
+        evidence.made[key] = contrast_directions(
+            evidence.forget, evidence.retain, request.rank, balance=request.balance
+        )
+    return evidence.made[key]
 
 
 def on_outputs(matrix: Tensor, evidence: Evidence, request: Request) -> Factors:

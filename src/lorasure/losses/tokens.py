@@ -175,8 +175,17 @@ def answers(logits: torch.Tensor, labels: torch.Tensor) -> Answers:
 
 
 def selected_answers(
-    states: torch.Tensor, labels: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor] = _as_they_are
+    states: torch.Tensor,
+    labels: torch.Tensor,
+    project: Callable[[torch.Tensor], torch.Tensor] = _as_they_are,
+    *,
+    owners: tuple[torch.Tensor, int] | None = None,
 ) -> Answers:
-    """Answers from `states` (tokens, d) already taken at the positions that `shift(labels)` marks, `labels` (b, T)."""
+    """Answers from `states` (tokens, d) already taken at the positions that `shift(labels)` marks, `labels` (b, T).
+
+    `owners`: the example (b, T) that each position belongs to, and how many there are; default: one in each row.
+    """
     mask, targets = shift(labels)
-    return Answers(states, targets, mask.nonzero(as_tuple=True)[0], len(labels), project)
+    if owners is None:
+        return Answers(states, targets, mask.nonzero(as_tuple=True)[0], len(labels), project)
+    return Answers(states, targets, owners[0][mask], owners[1], project)

@@ -1,0 +1,52 @@
+"""Rows of several examples, for models in which one example in a row sees nothing of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .data.examples import Batch, Example, collate, pack
+from .forward import base_of
+from .memory import is_out_of_memory
+
+_PACKS: WeakSet[nn.Module] = WeakSet()  # base models that were tried
+SAME = 1e-4  # of the largest logit; 8 roundings in a type that rounds more
+
+
+def batch_of(model: Any, examples: Sequence[Example]) -> Batch:
+    """The examples in one batch on the model's device, packed where `find_packing` has found that it can be."""
+    base = base_of(model)
+    return (pack(examples) if base in _PACKS else collate(examples)).to(base.device)
+
+
+def find_packing(model: PreTrainedModel) -> None:
+    """Pack from now on, where this base model can and is on a GPU.
+
+    On a CPU padding costs no more than the wider attention of packed rows: .95 to 1.1 times the time of an epoch.
+    """
+    if model.device.type != "cpu" and can_pack(model):
+        _PACKS.add(model)
+
+
+@torch.no_grad()
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether the logits of two examples in one row are those of each alone, by a try.
+
+    Not so where something other than attention reads along the row.
+    """
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(4, device=model.device).repeat(2)[None]
+    try:
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        alone = model(input_ids=ids.view(2, 4), use_cache=False).logits.float()
+    except Exception as error:  # whatever a model's own code may meet in positions that begin again
+        if is_out_of_memory(error):
+            raise
+        return False
+    bound = max(SAME, 8 * torch.finfo(model.dtype).eps) * alone.abs().max()
+    return bool((packed.view_as(alone) - alone).abs().max() <= bound)
