@@ -220,9 +220,7 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device, rate: 
     start = stages.run(
         "init, vila", lambda: start_by("vila", lambda s: Evidence(found.weights(s, device)), model, sites)
     )
-    read = InGroups(
-        sites, "inputs", lambda some: [directions(model, some, part, a.tokens) for part in sets], room_on(device)
-    )
+    read = InGroups(sites, "inputs", partial(directions, model, sets, a.tokens), room_on(device))
     stages.run("init, contrast", lambda: start_by("contrast", of_moments(read), model, sites))
     read.held = ({}, {})
     if a.full:
