@@ -12,7 +12,10 @@ from architectures import tiny_model
 from conftest import random_examples
 from lorasure import artifacts, pipeline, stages
 from lorasure.config import ForgetSettings
-from lorasure.importance.activations import InGroups, second_moments
+from lorasure.importance.activations import ROOM, InGroups, room_on, second_moments
+from lorasure.init import apply
+from lorasure.init.apply import INITS, Request, initialise, of_moments
+from lorasure.init.low_rank import contrast_directions
 from lorasure.sites import all_sites, find_sites
 
 EXAMPLES = random_examples(7, 3)
@@ -96,7 +99,32 @@ def test_a_run_in_groups_is_the_run(init, tmp_path, model_folder, data_files, mo
     common = {"model": str(model_folder), "forget": str(forget), "retain": str(retain), "init": init, "rank": 4}
     settings = ForgetSettings(**common, alpha=8, epochs=1, out=str(tmp_path / "whole"))
     whole = pipeline.forget(settings)
-    monkeypatch.setattr(stages, "InGroups", partial(InGroups, room=1))
+    monkeypatch.setattr(stages, "room_on", lambda device: 1)
     grouped = pipeline.forget(replace(settings, out=str(tmp_path / "grouped")))
     one, other = (artifacts.read_tensors(r.folder / artifacts.START)[0] for r in (whole, grouped))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_room_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * 2**30, 80 * 2**30))
+    gpu = torch.device("cuda")
+    assert room_on(gpu) == 50 * 2**30 // 4 and room_on(gpu, 10 * 2**30) == 10 * 2**30
+    assert room_on(gpu, 49 * 2**30) == room_on(torch.device("cpu")) == ROOM
+
+
+def test_layers_that_read_the_same_tensor_share_their_directions(monkeypatch):
+    model, calls = tiny_model("llama"), []
+    sites = all_sites(model)
+    moments = [second_moments(model, sites, EXAMPLES[i::2], of_inputs=True, token_budget=40) for i in (0, 1)]
+
+    def counted(forget, retain, rank, *, balance):
+        calls.append(forget)
+        return contrast_directions(forget, retain, rank, balance=balance)
+
+    monkeypatch.setattr(apply, "contrast_directions", counted)
+    evidence = of_moments(lambda site: (moments[0][site.name], moments[1][site.name]))
+    start, _ = initialise(model, sites, INITS["contrast"], evidence, Request(2, 2.0), None)
+    assert len(calls) == 4 * 2 and len(start) == 7 * 2  # q k v, o, gate up, down
+    for site in sites:
+        alone = contrast_directions(moments[0][site.name], moments[1][site.name], 2)
+        assert torch.equal(start[site].A, alone.T.float())

@@ -70,15 +70,18 @@ def main() -> int:
         forget, retain = map(str, work.write(folder))
         common = ForgetSettings(model=str(work.folder), forget=forget, retain=retain, out=str(folder / "run"))
         common = replace(common, epochs=2, batch_size=8, lr=1e-3, rank=4, max_grad_growth=1e9, max_retain_rise=1e9)
-        for kind, cases in (("float32", EXACT), ("rounded", ROUNDED)):
+
+        def keep(kind: str, title: str, found: dict[str, Any]) -> None:
+            results[kind][title] = found
+            print(f"{kind:8} {title:28} {json.dumps(found)}", flush=True)
+            if a.results:
+                a.results.write_text(json.dumps(results, indent=1) + "\n")
+
+        for kind, cases in (("rounded", ROUNDED), ("float32", EXACT)):
             for title, changes in cases.items():
-                results[kind][title] = attempted(common, {"dtype": "float32"} | changes, a.device, folder)
-                print(f"{kind:8} {title:28} {json.dumps(results[kind][title])}", flush=True)
+                keep(kind, title, attempted(common, {"dtype": "float32"} | changes, a.device, folder))
         for title, argv in commands(work, folder, a.device).items():
-            results["commands"][title] = command(argv)
-            print(f"command  {title:28} {json.dumps(results['commands'][title])}", flush=True)
-    if a.results:
-        a.results.write_text(json.dumps(results, indent=1) + "\n")
+            keep("commands", title, command(argv))
     failed = [t for kind in ("float32", "rounded", "commands") for t, r in results[kind].items() if "error" in r]
     print(f"{len(failed)} failed" + "".join(f"\n  {title}" for title in failed))
     return bool(failed)

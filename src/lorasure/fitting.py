@@ -13,6 +13,7 @@ from . import processes
 from .data.examples import Example
 from .errors import ResourceError
 from .footprint import Footprint, Rows, Shapes, peak
+from .importance.activations import room_on
 from .layers import decoder_layers
 from .models import load_shapes
 from .objective import Unit, forget_steps
@@ -49,7 +50,8 @@ def footprint(bench: Workbench) -> Footprint:
         four_bit,
         bench.device.type == "cpu",
         processes.size() if processes.sharded() else 1,
-        0,
+        kept=0,
+        room=0,
     )
     kept, used = 0, {unit.sequences[0] for step in steps for unit in step if unit.term == "retain"}
     if s.epochs > 1 and (s.coverage < 1 or lowest_layer(decoder_layers(model), model, sites)):
@@ -58,7 +60,7 @@ def footprint(bench: Workbench) -> Footprint:
         kept += states if states <= max(ROOM, found.weights) else 0
     if bench.objective().uses_original_states:
         kept += sum(e.answer_length for e in used) * shapes.hidden * shapes.width
-    return replace(found, kept=kept)
+    return replace(found, kept=kept, room=room_on(bench.device, found.weights))
 
 
 def epoch_steps(bench: Workbench) -> Iterator[list[Unit]]:

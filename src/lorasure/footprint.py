@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .data.examples import micro_batches
-from .importance.activations import ROOM, side_of
+from .importance.activations import side_of
 from .importance.collect import FULL_CHUNK, Probe
 from .losses.tokens import ROWS
 from .sites import Site, find_sites
@@ -92,7 +92,8 @@ class Footprint:
 
     `importance`: gradient moments are measured. `directions`: second moments of `outputs` or `inputs` are, or empty.
     `factors` is 2 for a start with a frozen second half, else 1. `steps`: the rows of every step. `shares`:
-    processes that share out the weights of the layers. `kept`: bytes of states of the original model.
+    processes that share out the weights of the layers. `kept`: bytes of states of the original model. `room`: bytes of
+    second moments that may be held at once.
     """
 
     shapes: Shapes
@@ -110,6 +111,7 @@ class Footprint:
     on_cpu: bool
     shares: int
     kept: int
+    room: int
 
     @property
     def weights(self) -> int:
@@ -128,7 +130,7 @@ class Footprint:
     def second_moments(self) -> int:
         """Bytes of what is held at once, of both sets, where a start wants directions."""
         sizes = [2 * FLOAT * site.shape[side_of(self.directions)] ** 2 for site in self.shapes.sites]
-        return max(max(sizes), min(sum(sizes), ROOM))
+        return max(max(sizes), min(sum(sizes), self.room))
 
     @property
     def adapter(self) -> int:

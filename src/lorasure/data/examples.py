@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -69,8 +69,8 @@ class Batch:
     count: int
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = self.input_ids, self.attention_mask, self.position_ids, self.labels, self.example
-        return Batch(*(t.to(device) for t in tensors), self.count)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "count"}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items()})
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -102,12 +102,13 @@ def collate(examples: Sequence[Example], side: str = "right") -> Batch:
 def pack(examples: Sequence[Example]) -> Batch:
     """Several examples in a row, one after another, in rows of PACKED tokens at most (or a single example).
 
-    In as few rows as that takes, and these as short as that allows. If each has a row of its own, `collate` is as good.
+    In as few rows as that takes, and these as short as that allows, in eights, as attention kernels want masks. If each
+    has a row of its own, it is that of `collate`.
     """
     lengths = [len(e) for e in examples]
     widest = max(*lengths, PACKED)
     rows = _in_rows(lengths, widest)[-1][0] + 1
-    width = next(w for w in range(max(lengths), widest + 1) if _in_rows(lengths, w)[-1][0] < rows)
+    width = next(w for w in range(-(-max(lengths) // 8) * 8, widest + 8, 8) if _in_rows(lengths, w)[-1][0] < rows)
     return collate(examples) if rows == len(examples) else _placed(examples, _in_rows(lengths, width), (rows, width))
 
 

@@ -23,9 +23,14 @@ ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B mo
 SHARE = 4  # of the memory that is free on a GPU, one in so many bytes may be held where that is more
 
 
-def room_on(device: torch.device) -> int:
-    """Bytes of second moments to hold at once; each group of sites costs a pass over both sets."""
-    return max(ROOM, torch.cuda.mem_get_info(device)[0] // SHARE) if device.type == "cuda" else ROOM
+def room_on(device: torch.device, weights: int = 0) -> int:
+    """Bytes of second moments to hold at once, as every group of sites costs a pass over both sets.
+
+    `weights`: bytes of the base, if it is not on the device yet.
+    """
+    if device.type != "cuda":
+        return ROOM
+    return max(ROOM, (torch.cuda.mem_get_info(device)[0] - weights) // SHARE)
 
 
 def side_of(evidence: str) -> int:
@@ -121,7 +126,7 @@ class InGroups:
     sites: Sequence[Site]
     evidence: str
     measure: Callable[[Sequence[Site]], Sequence[Mapping[str, Tensor]]]
-    room: int = ROOM
+    room: int
     held: Sequence[Mapping[str, Tensor]] = ({}, {})
 
     def __call__(self, site: Site) -> tuple[Tensor, Tensor]:
