@@ -73,6 +73,8 @@ KEPT = 0.98  # what a chosen trial must keep on its few rows
 # Importance also ranks the layers for --coverage; a start that needs none takes VILA's for that.
 RANKED_BY = {"score": "variance", "space": "lora"}
 MEASURED_ROWS = 100  # of each set, for every trial
+EPOCHS_TOO = 3  # on forget10, of contrast with these losses besides: as many as on forget05, so twice the steps
+LOSSES_TOO = ("bga", "ihl")
 ATTACKED = [(loss, start) for loss in ("bga", "ihl") for start in ("contrast", "lora, 95% kept")]
 
 
@@ -161,9 +163,18 @@ def runs(a: argparse.Namespace, where) -> None:
         Cell(start, loss, split, seed, settings)
         for split in sorted(a.splits, key=lambda s: s != TUNED_ON)
         for seed in range(SEEDS)  # a study that is cut short has the same seeds of all
-        for start, loss, settings in picked
+        for start, loss, settings in picked + (longer(picked) if split == "forget10" else [])
     ]
     finish(wanted, STORED / "runs.jsonl", a, where)
+
+
+def longer(picked: list[tuple[str, str, dict[str, Any]]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The rows with EPOCHS_TOO."""
+    return [
+        (f"{start}, {EPOCHS_TOO} epochs", loss, settings | {"epochs": EPOCHS_TOO})
+        for start, loss, settings in picked
+        if start == "contrast" and loss in LOSSES_TOO
+    ]
 
 
 def attacks(a: argparse.Namespace, where) -> None:
