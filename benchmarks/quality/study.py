@@ -41,7 +41,7 @@ STARTS = {  # name in the tables -> settings
     "sketch": {"init": "sketch"},
     "inputs": {"init": "inputs"},
 }
-RATES = {"bga": (7e-4, 7e-3), "ihl": (7e-4, 7e-3), "npo": (7e-4, 1e-2), "gd": (1e-4, 3e-3), "simnpo": (3e-4, 7e-3)}
+RATES = {"bga": (7e-4, 7e-3), "ihl": (7e-4, 7e-3), "npo": (7e-4, 1e-2), "gd": (2e-4, 1.2e-3), "simnpo": (3e-4, 7e-3)}
 RANGES: dict[str, dict[str, Any]] = {
     "bga": {},
     "ihl": {},
