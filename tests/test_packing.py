@@ -99,6 +99,14 @@ def test_without_positions_that_begin_again_it_would_show(monkeypatch):
     assert max((found[k] - expected[k]).abs().max() / expected[k].abs().max() for k in found) > 0.01
 
 
+def test_no_row_is_longer_than_the_model_was_made_for():
+    model = tiny_llama(max_position_embeddings=24)
+    packing._PACKS.add(model)
+    batch = batch_of(model, random_examples(8))
+    packing._PACKS.clear()
+    assert len(batch.input_ids) < 8 and batch.input_ids.shape[1] <= 24
+
+
 def test_on_a_cpu_rows_stay_padded():
     model = tiny_llama()
     find_packing(model)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .data.examples import Batch, Example, collate, pack
+from .data.examples import PACKED, Batch, Example, collate, pack
 from .forward import base_of
 from .memory import is_out_of_memory
 
@@ -21,7 +21,10 @@ SAME = 1e-3  # of the largest logit; 16 roundings in a type that rounds more, as
 def batch_of(model: Any, examples: Sequence[Example]) -> Batch:
     """The examples in one batch on the model's device, packed where `find_packing` has found that it can be."""
     base = base_of(model)
-    return (pack(examples) if base in _PACKS else collate(examples)).to(base.device)
+    if base not in _PACKS:
+        return collate(examples).to(base.device)
+    # No row is longer than what the model was made for: some have masks of that size.
+    return pack(examples, getattr(base.config.get_text_config(), "max_position_embeddings", PACKED)).to(base.device)
 
 
 def find_packing(model: PreTrainedModel) -> None:

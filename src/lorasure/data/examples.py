@@ -99,14 +99,14 @@ def collate(examples: Sequence[Example], side: str = "right") -> Batch:
     return _placed(examples, [(i, start) for i, start in enumerate(starts)], (len(examples), width))
 
 
-def pack(examples: Sequence[Example]) -> Batch:
-    """Several examples in a row, one after another, in rows of PACKED tokens at most (or a single example).
+def pack(examples: Sequence[Example], limit: int = PACKED) -> Batch:
+    """Several examples in a row, one after another, in rows of PACKED or `limit` tokens at most (or a single example).
 
     In as few rows as that takes, and these as short as that allows, in eights, as attention kernels want masks. If each
     has a row of its own, it is that of `collate`.
     """
     lengths = [len(e) for e in examples]
-    widest = max(*lengths, PACKED)
+    widest = max(*lengths, min(PACKED, limit) // 8 * 8)
     rows = _in_rows(lengths, widest)[-1][0] + 1
     width = next(w for w in range(-(-max(lengths) // 8) * 8, widest + 8, 8) if _in_rows(lengths, w)[-1][0] < rows)
     return collate(examples) if rows == len(examples) else _placed(examples, _in_rows(lengths, width), (rows, width))
