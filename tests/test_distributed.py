@@ -28,10 +28,13 @@ LAUNCHERS = {
     "ddp": [*ACCELERATE, EXAMPLES / "ddp.yaml"],
     "fsdp2": [*ACCELERATE, EXAMPLES / "fsdp2.yaml"],
 }
+EXCLUDED = ["--exclude", "o_proj,gate_proj,up_proj"]
 RUNS = [
     ("torchrun", ["--init", "vila"]),
-    ("ddp", ["--init", "reglu", "--loss", "npo", "--retain-loss", "kl", "--targets", "layers.1.*"]),  # cached prefix
-    ("fsdp2", ["--gradient-checkpointing", "true", "--init", "reglu", "--loss", "npo", "--retain-loss", "kl"]),
+    ("torchrun", ["--init", "contrast"]),
+    # A cached prefix. Left out are layers whose outputs differ in few directions: which others come in is rounding.
+    ("ddp", ["--init", "reglu", "--loss", "npo", "--retain-loss", "kl", "--targets", "layers.1.*", *EXCLUDED]),
+    ("fsdp2", ["--gradient-checkpointing", "true", "--init", "contrast", "--loss", "npo", "--retain-loss", "kl"]),
     ("fsdp2", ["--init", "fila", "--coverage", 0.5, "--tokens-per-batch", 1000]),  # one micro-batch, which is halved
 ]
 
@@ -57,7 +60,9 @@ def test_two_processes_give_the_run_of_one(tmp_path, model_folder, data_files, l
         one, two = (load_file(tmp_path / run / name) for run in ("one", "two"))
         assert one.keys() == two.keys()
         for key in one:
-            torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                one[key], two[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
     logs = [(tmp_path / run / artifacts.LOG).read_text().splitlines() for run in ("one", "two")]
     for a, b in zip(*(map(json.loads, lines) for lines in logs), strict=True):
         assert a["forget"] == pytest.approx(b["forget"], rel=1e-5) and a["tokens"] == b["tokens"]

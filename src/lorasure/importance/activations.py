@@ -26,9 +26,9 @@ SHARE = 4  # of the memory that is free on a GPU, one in so many bytes may be he
 def room_on(device: torch.device, weights: int = 0) -> int:
     """Bytes of second moments to hold at once, as every group of sites costs a pass over both sets.
 
-    `weights`: bytes of the base, if it is not on the device yet.
+    `weights`: bytes of the base, if it is not on the device yet. Of several processes each must find the same.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or processes.size() > 1:
         return ROOM
     return max(ROOM, (torch.cuda.mem_get_info(device)[0] - weights) // SHARE)
 
@@ -52,7 +52,8 @@ def second_moments(
 
     z is the site's output including its bias (shape of C: (out, out)), or with `of_inputs` its input ((in, in)), and
     then sites that read the same tensor (q, k and v) share one C. For an expert the mean runs over all tokens of the
-    data, those routed elsewhere counting as zero. Paper: ReGLU, arXiv 2604.17396.
+    data, those routed elsewhere counting as zero. Several processes share out the passes. Paper: ReGLU, arXiv
+    2604.17396.
     """
     total: dict[str, Tensor] = {}
     owners: dict[str, str] = {}  # site -> the site whose C it shares, itself where it was the first to read a tensor
@@ -71,20 +72,28 @@ def second_moments(
             z = z[mask].float()
             total[site.name] = total.get(site.name, 0) + z.T @ z
 
+    groups = micro_batches([len(e) for e in examples], token_budget)
+    shared = 1 < processes.size() <= len(groups)  # a process without a pass would not know which sites share
     with tap(model, sites, forward=observe), _ending_above(model, sites):
-        for group in micro_batches([len(e) for e in examples], token_budget):
+        for group in processes.share(groups) if shared else groups:
             batch = collate([examples[i] for i in group]).to(model.device)
             mask, last = batch.attention_mask.bool(), (torch.empty(0), "")
             with suppress(_Enough):
                 answer_hidden(model, batch)
             tokens += int(mask.sum())
             if progress:
-                progress(len(group))
+                progress(len(group) * (processes.size() if shared else 1))
+    count = torch.tensor(float(tokens), device=model.device)
+    if shared:
+        processes.add_up([count])
     for site in sites:
         if owners.get(site.name, site.name) != site.name:
             continue
         size = site.shape[1] if of_inputs else site.shape[0]
-        moment = total.setdefault(site.name, torch.zeros(size, size, device=model.device)).div_(tokens)
+        moment = total.setdefault(site.name, torch.zeros(size, size, device=model.device))
+        if shared:
+            processes.add_up([moment])
+        moment.div_(count)
         if not torch.isfinite(moment).all():
             raise NumericError(f"activations: the second moments of site '{site.name}' are not finite.")
     return {site.name: total[owners.get(site.name, site.name)] for site in sites}
