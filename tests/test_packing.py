@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from adapted_step import terms_and_gradients
 from architectures import ARCHITECTURES, tiny_model
@@ -30,6 +39,8 @@ def short_rows(monkeypatch):
     monkeypatch.setattr(data, "PACKED", 40)
 
 
+@example([(4, 10)] * 3)  # packed, these would be larger than padded
+@example([(4, 5)] * 5)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), min_size=1, max_size=40))
 def test_every_token_is_there_once_in_order(sizes):
     examples = [Example(tuple(range(100 * i, 100 * i + a + b)), a) for i, (a, b) in enumerate(sizes) if a + b > 1]
@@ -53,8 +64,8 @@ def test_rows_by_hand():
     assert packed.inputs.keys() == {"input_ids", "position_ids"}
 
 
-def step_of(model: Any, packed: bool) -> tuple[dict[str, torch.Tensor], list[Batch]]:
-    """Loss terms and gradients of a step with an adapter that is not the identity."""
+def step_of(model: Any, packed: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Loss terms and gradients of a step with an adapter that is not the identity, and the rows of all passes."""
     packing._PACKS.clear()
     if packed:
         packing._PACKS.add(model)
@@ -62,10 +73,10 @@ def step_of(model: Any, packed: bool) -> tuple[dict[str, torch.Tensor], list[Bat
     objective = ForgetObjective(forget, retain, refusals, FORGET_LOSSES["dpo"].function, RETAIN_LOSSES["kl"].function)
     (step,) = forget_steps(objective, epochs=1, batch_size=9, pairing="random", seed=0)
     objective.observe_original(model, [u.index for u in step if u.term == "retain"], 64)
-    batches: list[Batch] = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(kwargs["input_ids"]), with_kwargs=True)
+    rows: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(kwargs["input_ids"]), with_kwargs=True)
     try:
-        return terms_and_gradients(model, all_sites(model), objective, step, False), batches
+        return terms_and_gradients(model, all_sites(model), objective, step, False), rows
     finally:
         packing._PACKS.clear()
 
@@ -84,11 +95,27 @@ def test_losses_and_gradients_are_those_of_padded_rows(name):
         assert (found[key] - expected[key]).abs().max() <= SAME * expected[key].abs().max(), key
 
 
-def test_a_model_that_reads_along_the_row_is_not_packed():
-    common: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+COMMON: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.2}
+WIDE = COMMON | {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+ALONG_THE_ROW = {  # recurrent states, a convolution in one layer of two, distances to keys however far
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**COMMON, state_size=4)),
+    "recurrent-gemma": lambda: RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**WIDE, lru_width=16)),
+    "lfm2": lambda: Lfm2ForCausalLM(Lfm2Config(**WIDE, layer_types=["conv", "full_attention"])),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(**COMMON, n_head=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ALONG_THE_ROW)
+def test_a_model_that_reads_along_the_row_is_not_packed(name, dtype):
     torch.manual_seed(0)
-    mamba = MambaForCausalLM(MambaConfig(**common, state_size=4)).eval()
-    assert not can_pack(mamba)
+    model: Any = ALONG_THE_ROW[name]()
+    assert not can_pack(model.eval().to(dtype))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_roundings_do_not_keep_a_model_from_it(name):
+    assert can_pack(tiny_model(name, torch.bfloat16))
 
 
 def test_without_positions_that_begin_again_it_would_show(monkeypatch):
@@ -102,9 +129,21 @@ def test_without_positions_that_begin_again_it_would_show(monkeypatch):
 def test_no_row_is_longer_than_the_model_was_made_for():
     model = tiny_llama(max_position_embeddings=24)
     packing._PACKS.add(model)
-    batch = batch_of(model, random_examples(8))
+    batch = batch_of(model, [Example((1,) * n, 1) for n in (12, 4, 4, 4, 4, 12)])
     packing._PACKS.clear()
-    assert len(batch.input_ids) < 8 and batch.input_ids.shape[1] <= 24
+    assert batch.input_ids.shape == (2, 24)
+    assert pack([Example((1,) * n, 1) for n in (20, 5, 5, 5, 5)], 22).input_ids.shape == (2, 20)
+
+
+def test_on_a_gpu_rows_are_packed_if_the_model_can(monkeypatch):
+    class Model:
+        device = torch.device("cuda")
+
+    able, unable = Model(), Model()
+    monkeypatch.setattr(packing, "can_pack", lambda model: model is able)
+    for model in (able, unable):
+        find_packing(model)
+    assert able in packing._PACKS and unable not in packing._PACKS
 
 
 def test_on_a_cpu_rows_stay_padded():

@@ -24,3 +24,15 @@ def test_only_for_half_precision_on_a_gpu(source, within, before):
         assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="settings of torch 2.9")
+def test_what_was_chosen_by_the_newer_settings_stands():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with matrix_units(ON_GPU[2]):
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

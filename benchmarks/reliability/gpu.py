@@ -4,7 +4,8 @@
 
 Small model and rows as in `make bench-speed`. In float32 the adapters of both are compared: the norm of the difference
 of B A over the norm of what training added to it, the largest of any layer. In bfloat16 and 4 bits what is compared is
-the forget and retain probability afterwards, with those of the same run on the CPU. Then every other command once.
+the forget and retain probability afterwards, with those of the same run on the CPU. Apart by more than SAME, or
+SAME_ROUNDED, is an error. Then every other command once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import platform
 import sys
 import tempfile
@@ -44,6 +46,7 @@ EXACT = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "many small passes": {"tokens_per_batch": 128},
 }
+SAME, SAME_ROUNDED = 1e-3, 1e-2  # of a probability
 ROUNDED = {
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, vila, npo": {"dtype": "bfloat16", "init": "vila", "loss": "npo"},
@@ -108,7 +111,10 @@ def compared(settings: ForgetSettings, device: str, folder: Path) -> dict[str, A
     (theirs, after_cpu), (ours, after) = runs["cpu"], runs[device]
     away = max(float((ours[k] - theirs[k]).norm() / theirs[k].norm().clamp(min=1e-12)) for k in theirs)
     moved = {part: [round(after_cpu[part], 5), round(after[part], 5)] for part in after}
-    return {"away": float(f"{away:.2g}"), "cpu and device": moved, "seconds": list(seconds.values())}
+    found = {"away": float(f"{away:.2g}"), "cpu and device": moved, "seconds": list(seconds.values())}
+    apart = max(abs(one - other) for one, other in moved.values())
+    bound = SAME if settings.dtype == "float32" else SAME_ROUNDED
+    return found if apart <= bound and away < math.inf else found | {"error": f"apart by {apart:.2g}, at most {bound}"}
 
 
 def products(run: Path) -> dict[str, torch.Tensor]:

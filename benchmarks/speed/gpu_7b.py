@@ -154,7 +154,9 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device, rate: 
         )
     for loss in a.losses:
         train(stages, model, start, sets, loss, a, tokens, least)
-    said = {stage: size / 2**30 for stage, size in by_stage(footprint(name, a, sets, device).parts(), "device").items()}
+    said = {
+        stage: size / 2**30 for stage, size in by_stage(footprint(name, a, sets, read.room).parts(), "device").items()
+    }
     about = {"model": name, "weights_gib": weights / 2**30, "stored_map_mib": stored / 2**20, "said_gib": said}
     print(f"  weights {weights / 2**30:.2f} GiB, stored maps {stored / 2**20:.1f} MiB, said to need: ", end="")
     print(", ".join(f"{stage} {size:.1f}" for stage, size in said.items()) + " GiB", flush=True)
@@ -173,7 +175,7 @@ def directions(model: PreTrainedModel, sets: Any, tokens: int, sites: Sequence[S
     return [second_moments(model, sites, rows, of_inputs=True, token_budget=tokens) for rows in sets]
 
 
-def footprint(name: str, a: argparse.Namespace, sets: Sequence[Sequence[Example]], device: torch.device) -> Footprint:
+def footprint(name: str, a: argparse.Namespace, sets: Sequence[Sequence[Example]], room: int) -> Footprint:
     """What `lorasure plan` says of such a run on a GPU, with steps of random rows."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SHAPES[name]())
@@ -197,7 +199,7 @@ def footprint(name: str, a: argparse.Namespace, sets: Sequence[Sequence[Example]
         on_cpu=False,
         shares=1,
         kept=0,
-        room=room_on(device),
+        room=room,
     )
 
 

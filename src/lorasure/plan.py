@@ -79,6 +79,7 @@ def seconds(bench: Workbench) -> dict[str, float]:
     with bench.reporter.stage("calibrate"):
         per_token, evidence, sites = _try_measuring(bench)
         init = _try_init(bench, sites, evidence)
+        del evidence  # second moments, which may take a quarter of a GPU
         scoring, training = _try_training(bench, sites)
     measuring = per_token * sum(map(len, measured)) * (PASSES if s.compat else 1)
     return {
@@ -146,7 +147,7 @@ def _try_measuring(bench: Workbench) -> tuple[float, Callable[[Site], Evidence],
 
 
 def _try_init(bench: Workbench, sites: Sequence[Site], evidence: Callable[[Site], Evidence]) -> float:
-    """Seconds of all sites, from one of each shape."""
+    """Seconds of all sites, from one of each shape: too many where layers share their directions."""
     total = 0.0
     for shape, count in Counter(site.shape for site in sites).items():
         one = next(site for site in sites if site.shape == shape)

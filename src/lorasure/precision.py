@@ -13,13 +13,19 @@ from torch import Tensor
 def matrix_units(source: Tensor) -> Iterator[None]:
     """Within the context float32 products on a GPU may round their factors to TF32, if `source` is in half precision.
 
-    What was computed from bfloat16 numbers (8 binary digits) loses nothing by TF32's 11; sums stay float32. Only around
-    our own products: a model's position embeddings would not stand it.
+    TF32 has 11 binary digits, sums stay float32. Numbers that come in bfloat16 (8) are exact in it. Float32 factors of
+    an adapter or a probe are rounded, and that shows in a layer's output less than its own rounding to bfloat16 does.
+    Only around our own products: a model's position embeddings would not stand it. Where the caller has chosen by
+    PyTorch's newer settings (`torch.backends`), that stands.
     """
     if not source.is_cuda or source.element_size() != 2:
         yield
         return
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the two kinds of settings do not mix
+        yield
+        return
     torch.set_float32_matmul_precision("high")
     try:
         yield

@@ -73,7 +73,8 @@ def second_moments(
             total[site.name] = total.get(site.name, 0) + z.T @ z
 
     groups = micro_batches([len(e) for e in examples], token_budget)
-    shared = 1 < processes.size() <= len(groups)  # a process without a pass would not know which sites share
+    # A process without a pass would not know which sites share; where weights are shared out, all must make as many.
+    shared = 1 < processes.size() <= len(groups) and not processes.sharded()
     with tap(model, sites, forward=observe), _ending_above(model, sites):
         for group in processes.share(groups) if shared else groups:
             batch = collate([examples[i] for i in group]).to(model.device)

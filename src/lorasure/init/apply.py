@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -43,15 +44,16 @@ class Evidence:
 
 
 def of_moments(measured: Callable[[Site], tuple[Tensor, Tensor]]) -> Callable[[Site], Evidence]:
-    """Evidence of a site from its second moments: one and the same for sites in a row that share the tensors."""
-    last = Evidence()
+    """Evidence of a site from its second moments; sites in a row that share the tensors share what is made of them."""
+    last: weakref.ref[Tensor] | None = None
+    made: dict[tuple[int, float], Tensor] = {}
 
     def evidence(site: Site) -> Evidence:
-        nonlocal last
+        nonlocal last, made
         forget, retain = measured(site)
-        if forget is not last.forget:
-            last = Evidence(None, forget, retain)
-        return last
+        if last is None or forget is not last():
+            last, made = weakref.ref(forget), {}  # not the tensor: the next ones are measured when it has gone
+        return Evidence(None, forget, retain, made)
 
     return evidence
 
@@ -220,6 +222,7 @@ def initialise(
                 bases[site] = regulariser_basis(seen.retain).float()
         except NumericError as error:
             raise NumericError(f"init: at '{site.name}', {error}.") from error
+        del seen  # its second moments go before the next are measured
         start[site] = found
         if progress:
             progress(1)
