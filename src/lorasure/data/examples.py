@@ -108,11 +108,12 @@ def pack(examples: Sequence[Example], limit: int = PACKED) -> Batch:
     lengths = [len(e) for e in examples]
     widest = max(*lengths, min(PACKED, limit) // 8 * 8)
     rows = _in_rows(lengths, widest)[-1][0] + 1
-    widths = [*range(-(-max(lengths) // 8) * 8, widest, 8), widest]
-    width = next(w for w in widths if _in_rows(lengths, w)[-1][0] < rows)
+    least = max(*lengths, -(-sum(lengths) // rows))  # fewer tokens a row could not hold them all
+    widths = [*range(-(-least // 8) * 8, widest, 8), widest]
+    width, places = next((w, found) for w in widths if (found := _in_rows(lengths, w))[-1][0] < rows)
     if rows * width >= len(examples) * max(lengths):
         return collate(examples)
-    return _placed(examples, _in_rows(lengths, width), (rows, width))
+    return _placed(examples, places, (rows, width))
 
 
 def _in_rows(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
