@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .layers import Function, computing, decoder_layers
-from .memory import is_out_of_memory
+from .tried import close, tried
 
 # Of a base model that was tried: the name of its last decoder layer, and the names in it of the free linear layers.
 _FREE: WeakKeyDictionary[nn.Module, tuple[str, list[str]]] = WeakKeyDictionary()
 TOKENS, FIRST = 8, 5  # of the rows that are tried, and where their answer begins
-SAME = 1e-4  # of the largest logit; 8 roundings in a type that rounds more
+SAME = 1e-4  # of the largest logit, or 8 roundings
 # At 256 features, taking rows out and putting them back takes a twelfth of the layer's time, as much as is saved at a
 # share of about .85. Running text, which is all answer, is above that.
 WORTH = 0.8
@@ -46,14 +46,10 @@ def find_free_layers(model: PreTrainedModel) -> None:
     with ExitStack() as stack:
         for i, module in enumerate(linear.values()):
             stack.enter_context(computing([module], partial(_spoilt, 1 + 2 * i, ids.shape)))
-        try:
-            logits = model(input_ids=ids, use_cache=False).logits[:, FIRST:].float()
-        except Exception as error:  # whatever a model's own code may meet when it is given NaN
-            if is_out_of_memory(error):
-                raise
-            return
-    bound = max(SAME, 8 * torch.finfo(model.dtype).eps) * logits[0].abs().max()
-    kept = ((logits[1:] - logits[0]).abs().amax(-1) <= bound).view(-1, 2, TOKENS - FIRST)
+        logits = tried(lambda: model(input_ids=ids, use_cache=False).logits[:, FIRST:].float())
+    if logits is None:
+        return
+    kept = close(logits[1:], logits[0], SAME, 8, model.dtype).all(-1).view(-1, 2, TOKENS - FIRST)
     free = kept[:, 0].all(-1) & ~kept[:, 1].any(-1)
     last = next(name for name, module in model.named_modules() if module is layers[-1])
     _FREE[model] = last, [name for name, found in zip(linear, free.tolist(), strict=True) if found]

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from .data.examples import PACKED, Batch, Example, collate, pack
 from .forward import base_of
-from .memory import is_out_of_memory
+from .tried import close, tried
 
 _PACKS: WeakSet[nn.Module] = WeakSet()  # base models that were tried
-SAME = 1e-3  # of the largest logit; 16 roundings in a type that rounds more, as attention with a mask is another kernel
+SAME = 1e-3  # of the largest logit, or 16 roundings: attention with a mask is another kernel
 
 
 def batch_of(model: Any, examples: Sequence[Example]) -> Batch:
@@ -48,13 +48,13 @@ def can_pack(model: PreTrainedModel) -> bool:
     a, b, c, begin = ids[:4], ids[4:8], ids[8:12], torch.arange(4, device=model.device)
     rows = torch.stack([torch.cat(row) for row in ((a, b), (c, b), (c[:3], b, a[:1]))])
     places = torch.stack([torch.cat(row) for row in ((begin, begin), (begin, begin), (begin[:3], begin, begin[:1]))])
-    try:
+
+    def attempt() -> tuple[torch.Tensor, torch.Tensor]:
         packed = model(input_ids=rows, position_ids=places, use_cache=False).logits.float()
-        alone = model(input_ids=b[None], use_cache=False).logits.float()
-    except Exception as error:  # whatever a model's own code may meet in positions that begin again
-        if is_out_of_memory(error):
-            raise
+        return packed, model(input_ids=b[None], use_cache=False).logits.float()
+
+    if (outputs := tried(attempt)) is None:
         return False
-    bound = max(SAME, 16 * torch.finfo(model.dtype).eps) * alone.abs().max()
+    packed, alone = outputs
     found = torch.stack([packed[0, 4:], packed[1, 4:], packed[2, 3:7]])
-    return torch.equal(found[0], found[1]) and bool((found - alone).abs().max() <= bound)
+    return torch.equal(found[0], found[1]) and bool(close(found, alone, SAME, 16, model.dtype).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel
 from .data.examples import Batch, Example, collate, micro_batches
 from .forward import answer_hidden
 from .layers import computing, decoder_layers
-from .memory import is_out_of_memory
 from .sites import Site
+from .tried import close, tried
 
 ROOM = 2**30  # bytes that the states may take in any case; above it, no more than the weights of the base do
 
@@ -129,16 +130,17 @@ def _is_faithful(prefix: Prefix, model: PreTrainedModel, token_budget: int) -> b
         chosen = [rows[i] for i in group]
         batch = collate(chosen).to(model.device)
         expected = answer_hidden(model, batch)
-        try:
-            with prefix.recording(chosen, batch, alone=True):
-                answer_hidden(model, batch)
-            with prefix.feeding(chosen, batch):
-                found = answer_hidden(model, batch)
-        except Exception as error:  # whatever a model's own code may meet when its layers are skipped
-            if is_out_of_memory(error):
-                raise
+        found = tried(partial(_in_two_parts, prefix, model, chosen, batch))
+        if found is None or found.shape != expected.shape:
             return False
-        bound = max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.abs().max()
-        if found.shape != expected.shape or not (found - expected).abs().max() <= bound:
+        if not close(found, expected, 1e-4, 8, expected.dtype).all():
             return False
     return True
+
+
+def _in_two_parts(prefix: Prefix, model: PreTrainedModel, chosen: Sequence[Example], batch: Batch) -> Tensor:
+    """The final states of a batch from recorded ones."""
+    with prefix.recording(chosen, batch, alone=True):
+        answer_hidden(model, batch)
+    with prefix.feeding(chosen, batch):
+        return answer_hidden(model, batch)
