@@ -50,9 +50,9 @@ class Moments:
             return
         share = other.count / total
         delta = other.mean - self.mean
-        self.mean += delta * share
-        self.squares += other.squares + delta.square_() * (self.count * share)
-        self.absolute += (other.absolute - self.absolute) * share
+        self.mean.lerp_(other.mean, share)
+        self.squares.add_(other.squares).addcmul_(delta, delta, value=self.count * share)
+        self.absolute.lerp_(other.absolute, share)
         self.count = total
 
     def add_up(self) -> None:
