@@ -2,15 +2,18 @@
 
 import math
 import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lorasure.data.examples import IGNORED
+from lorasure.data.examples import IGNORED, Example, collate, pack
 from lorasure.errors import UsageError
+from lorasure.losses.bigrams import Bigrams
 from lorasure.losses.forget import FORGET_LOSSES, INPUTS, bga, bind, catnip, hyperparameters, ihl, needs, npo
 from lorasure.losses.retain import RETAIN_LOSSES, kl
-from lorasure.losses.tokens import Answers, answers, selected_answers, shift
+from lorasure.losses.tokens import Answers, answers, batch_answers, shift
 
 VOCAB = 7
 LABELS = torch.tensor(
@@ -20,6 +23,9 @@ LABELS = torch.tensor(
         [4, 4, 2, IGNORED, IGNORED, IGNORED],  # the first token is never predicted
     ]
 )
+PREVIOUS = [[2, 3, 5, 1], [1, 3], [4, 4]]  # the token before each answer token
+EXAMPLES = [Example((6, 2, 3, 5, 1, 0), 2), Example((1, 2, 4), 1), Example((4, 4, 2), 0)]
+KEPT = [Example((0, 2, 3, 3, 5), 2), Example((2, 3, 6), 0)]  # the first token is no answer of anything
 REFUSAL_LABELS = torch.tensor([[IGNORED, 1, 1, 2], [IGNORED, IGNORED, 0, IGNORED], [IGNORED, 3, 3, 3]])
 FUNCTIONS = {f"forget-{name}": row.function for name, row in FORGET_LOSSES.items()} | {
     f"retain-{name}": row.function for name, row in RETAIN_LOSSES.items() if row.function
@@ -35,11 +41,13 @@ def constants():
     """The inputs that are numbers of the original model."""
     original = logits_for(LABELS, 9)[shift(LABELS)[0]]
     reference = torch.tensor([3.0, 9.0, 4.0], dtype=torch.float64)
-    return {"reference": reference, "refusal_reference": reference - 1.5, "original_states": original}
+    found = {"reference": reference, "refusal_reference": reference - 1.5, "original_states": original}
+    return found | {"bigrams": Bigrams.of(KEPT, VOCAB)}
 
 
 def call(function, logits, refusal_logits, labels=LABELS, refusal_labels=REFUSAL_LABELS, **settings):
-    available = constants() | {"answers": answers(logits, labels), "refusals": answers(refusal_logits, refusal_labels)}
+    known = replace(answers(logits, labels), previous=torch.tensor([s for row in PREVIOUS for s in row]))
+    available = constants() | {"answers": known, "refusals": answers(refusal_logits, refusal_labels)}
     available["original_states"] = available["original_states"].to(available["answers"].logits.dtype)
     return function(**{name: available[name] for name in needs(function)}, **settings)
 
@@ -74,7 +82,21 @@ def log_sigmoid(x):
     return -math.log(1 + math.exp(-x))
 
 
-def by_hand(name, tokens, refusal, reference, refusal_reference, original):
+def after(previous):
+    """The bigram model of KEPT, by its definition."""
+    pairs = [
+        pair
+        for e in KEPT
+        for pair in list(zip(e.input_ids, e.input_ids[1:], strict=False))[max(0, e.answer_start - 1) :]
+    ]
+    found = [1 / VOCAB] * VOCAB
+    for seen in (Counter(t for _, t in pairs), Counter(t for s, t in pairs if s == previous)):
+        total, kinds = sum(seen.values()), max(1, len(seen))
+        found = [(seen[t] + kinds * share) / (total + kinds) for t, share in enumerate(found)]
+    return found
+
+
+def by_hand(name, tokens, previous, refusal, reference, refusal_reference, original):
     forget_nll = nll_of(tokens)
     if name in ("forget-ga", "forget-gd", "forget-kl"):
         return -average(forget_nll)
@@ -86,6 +108,12 @@ def by_hand(name, tokens, refusal, reference, refusal_reference, original):
         return average([1 + p[y] - max(q for v, q in enumerate(p) if v != y) for p, y in tokens])
     if name == "forget-bga":
         return average([p[y] + 0.1 * max(0, math.log(p[y] * len(p))) for p, y in tokens])
+    if name == "forget-bigram":
+        known = [(p, y, after(s)) for (p, y), s in zip(tokens, previous, strict=True)]
+        apart = [sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)) for p, _, q in known]
+        return average(
+            [p[y] + 0.1 * (d + max(0, 2 + math.log(p[y] / q[y]))) for (p, y, q), d in zip(known, apart, strict=True)]
+        )
     if name == "forget-dpo":
         chosen, rejected = -(sum(nll_of(refusal)) - refusal_reference), -(sum(forget_nll) - reference)
         return -log_sigmoid(0.1 * chosen - 0.1 * rejected)
@@ -105,6 +133,7 @@ def test_value_is_the_formula(name):
     logits, refusal_logits, fixed = logits_for(LABELS, 1), logits_for(REFUSAL_LABELS, 2), constants()
     rows = zip(
         token_rows(logits, LABELS),
+        PREVIOUS,
         token_rows(refusal_logits, REFUSAL_LABELS),
         fixed["reference"].tolist(),
         fixed["refusal_reference"].tolist(),
@@ -112,7 +141,8 @@ def test_value_is_the_formula(name):
         strict=True,
     )
     expected = torch.tensor([by_hand(name, *row) for row in rows], dtype=torch.float64)
-    torch.testing.assert_close(call(FUNCTIONS[name], logits, refusal_logits), expected, rtol=1e-10, atol=1e-12)
+    rtol = 1e-6 if name == "forget-bigram" else 1e-10  # bigrams are float32
+    torch.testing.assert_close(call(FUNCTIONS[name], logits, refusal_logits), expected, rtol=rtol, atol=1e-12)
     single = call(FUNCTIONS[name], logits.float(), refusal_logits.float())
     torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -279,11 +309,17 @@ def test_shift_marks_the_position_before_each_answer_token():
     assert targets.tolist() == [3, 5, 1, 0, 2, 6, 4, 2]
 
 
-def test_selected_logits_give_the_same_answers():
-    logits = logits_for(LABELS, 1)
-    whole, chosen = answers(logits, LABELS), selected_answers(logits[shift(LABELS)[0]], LABELS)
-    assert torch.equal(whole.logits, chosen.logits) and torch.equal(whole.example, chosen.example)
-    assert whole.example.tolist() == [0, 0, 0, 0, 1, 1, 2, 2] and whole.lengths.tolist() == [4, 2, 2]
+def test_answers_of_packed_rows_are_those_of_padded_ones():
+    """The token before each too; by other functions than those that place examples in rows."""
+    for batch in (collate(EXAMPLES), pack(EXAMPLES, 16)):
+        targets = shift(batch.labels)[1]
+        found = batch_answers(torch.zeros(len(targets), 1), batch)
+        assert found.targets.tolist() == [3, 5, 1, 0, 2, 4, 4, 2] and found.lengths.tolist() == [4, 2, 2]
+        assert (
+            found.previous.tolist() == [2, 3, 5, 1, 1, 2, 4, 4]
+            and found.example.tolist() == [0] * 4 + [1] * 2 + [2] * 2
+        )
+    assert [part.previous.tolist() for part in found.split([1, 2])] == [[2, 3, 5, 1], [1, 2, 4, 4]]
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], [2, 1], [0, 3], [1, 1, 1], [3, 0, 0]])
@@ -312,7 +348,7 @@ def test_wrong_inputs_are_named():
     with pytest.raises(ValueError, match=r"expected logits \(b, T, vocab\) and labels \(b, T\)"):
         answers(logits[:, 1:], LABELS)
     with pytest.raises(ValueError, match=r"got \(7, 7\), \(8,\) and \(8,\)"):
-        selected_answers(logits[shift(LABELS)[0]][1:], LABELS)
+        batch_answers(torch.zeros(7, VOCAB), collate(EXAMPLES))
     with pytest.raises(ValueError, match=r"sizes must add up to 3 examples, got \[1, 1\]"):
         answers(logits, LABELS).split([1, 1])
     with pytest.raises(ValueError, match="has no answer token"):

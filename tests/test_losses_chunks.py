@@ -16,6 +16,7 @@ from lorasure import forward
 from lorasure.data.examples import collate
 from lorasure.forward import answer_hidden, answer_logits, answer_records
 from lorasure.losses import tokens
+from lorasure.losses.bigrams import Bigrams
 from lorasure.losses.forget import FORGET_LOSSES, needs
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.losses.tokens import Answers
@@ -25,14 +26,16 @@ ROWS = {f"forget-{name}": row.function for name, row in FORGET_LOSSES.items()}
 ROWS |= {f"retain-{name}": row.function for name, row in RETAIN_LOSSES.items() if row.function}
 EXAMPLE = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
 TARGETS = torch.arange(10) * 3
+PREVIOUS = torch.arange(10) % 4
 
 
 def inputs(project: Callable, states: list[torch.Tensor]) -> dict[str, object]:
     """Everything that a loss may ask for."""
     constants = torch.tensor([4.0, 9.0, 5.0], dtype=torch.float64)
-    answers, refusals = (Answers(s, TARGETS, EXAMPLE, 3, project) for s in states[:2])
+    answers, refusals = (Answers(s, TARGETS, EXAMPLE, 3, project, PREVIOUS) for s in states[:2])
     found = {"answers": answers, "refusals": refusals, "original_states": states[2]}
-    return found | {"reference": constants, "refusal_reference": constants - 1}
+    found |= {"reference": constants, "refusal_reference": constants - 1}
+    return found | {"bigrams": Bigrams.of(random_examples(9, vocab=WORDS), WORDS)}
 
 
 def drawn(seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -88,7 +91,7 @@ def most_rows(work: Callable[[], object]) -> int:
 def test_no_more_than_a_chunk_of_logits_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "ROWS", 7)
     model, batch = tiny_llama(), collate(random_examples(12))
-    original = answer_hidden(model, batch)
+    original, bigrams = answer_hidden(model, batch), Bigrams.of(random_examples(12), VOCAB)
     model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
 
     def step() -> None:
@@ -96,7 +99,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(name: str, monkeypatch: pyt
         assert len(answers.targets) > 40
         constant = torch.ones(12)
         given = {"answers": answers, "refusals": answers, "original_states": states, "reference": constant}
-        given["refusal_reference"] = constant
+        given |= {"refusal_reference": constant, "bigrams": bigrams}
         ROWS[name](**{need: given[need] for need in needs(ROWS[name])}).sum().backward()
 
     assert 0 < most_rows(step) <= 7

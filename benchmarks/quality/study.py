@@ -41,9 +41,17 @@ STARTS = {  # name in the tables -> settings
     "sketch": {"init": "sketch"},
     "inputs": {"init": "inputs"},
 }
-RATES = {"bga": (7e-4, 7e-3), "ihl": (7e-4, 7e-3), "npo": (7e-4, 1e-2), "gd": (2e-4, 1.2e-3), "simnpo": (3e-4, 7e-3)}
+RATES = {
+    "bga": (7e-4, 7e-3),
+    "bigram": (7e-4, 7e-3),
+    "ihl": (7e-4, 7e-3),
+    "npo": (7e-4, 1e-2),
+    "gd": (2e-4, 1.2e-3),
+    "simnpo": (3e-4, 7e-3),
+}
 RANGES: dict[str, dict[str, Any]] = {
     "bga": {},
+    "bigram": {},
     "ihl": {},
     "gd": {},
     "npo": {"beta": {"low": 0.01, "high": 0.5, "log": True}},
@@ -55,6 +63,7 @@ FIRST, REST = list(STARTS)[:5], list(STARTS)[5:]
 GROUPS: dict[str, tuple[str, list[str]]] = {
     "ihl": ("ihl", FIRST),
     "bga": ("bga", ["contrast", "lora"]),
+    "bigram": ("bigram", ["contrast", "lora"]),
     "npo": ("npo", ["contrast", "lora"]),
     "gd": ("gd", ["contrast", "lora"]),
     "bga-more": ("bga", FIRST[2:]),

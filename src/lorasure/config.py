@@ -213,11 +213,13 @@ class OptimizerSettings(Settings):
 class TrainSettings(OptimizerSettings):
     """How the adapter learns to forget."""
 
-    loss: str = option("bga", "forget loss: ga, gd, kl, bga, npo, simnpo, ihl, dpo, idk or catnip")
+    loss: str = option("bga", "forget loss: ga, gd, kl, bga, bigram, npo, simnpo, ihl, dpo, idk or catnip")
     retain_loss: str | None = option(None, "retain loss: nll, kl or none (default: the one that goes with --loss)")
     lambda_: float = option(1.0, "weight of the retain loss", low=0)
-    beta: float | None = option(None, "beta of bga, npo, simnpo, dpo, catnip (default: the loss's own)", above=0)
-    delta: float | None = option(None, "margin of bga, simnpo in nats per token (default: the loss's own)")
+    beta: float | None = option(
+        None, "beta of bga, bigram, npo, simnpo, dpo, catnip (default: the loss's own)", above=0
+    )
+    delta: float | None = option(None, "margin of bga, bigram, simnpo in nats per token (default: the loss's own)")
     max_retain_rise: float | None = option(
         None, "stop when the retain loss has risen by this (default: ln(vocabulary), from certain to guessing)", above=0
     )

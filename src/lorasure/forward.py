@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .answer_rows import at_answers
 from .data.examples import Batch, Example, collate, micro_batches
-from .losses.tokens import Answers, log_prob, selected_answers, shift
+from .losses.tokens import Answers, batch_answers, log_prob, shift
 
 Progress = Callable[[int], None]
 
@@ -64,7 +64,6 @@ def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = No
     """
     head = _head_of(model)
     mask, _ = shift(batch.labels)
-    owners = batch.example, batch.count
     restricted = partial(at_answers, base_of(model), mask)
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
     if not trained and _PROJECTS_ONLY.get(model, True):
@@ -74,7 +73,7 @@ def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = No
             with torch.no_grad():
                 _PROJECTS_ONLY[model] = torch.equal(head(hidden[None, :1])[0].to(first.dtype), first)
         if _PROJECTS_ONLY[model]:
-            return selected_answers(hidden, batch.labels, head, owners=owners), reference_hidden
+            return batch_answers(hidden, batch, head), reference_hidden
 
     def choose(hidden: Tensor) -> Tensor:
         picked = hidden[mask]
@@ -85,8 +84,7 @@ def answer_logits(model: Any, batch: Batch, reference_hidden: Tensor | None = No
     with _select_before_head(head, choose), restricted():
         logits = model(**batch.inputs, use_cache=False).logits[0]
     count = int(mask.sum())
-    answers = selected_answers(logits[:count], batch.labels, owners=owners)
-    return answers, None if reference_hidden is None else logits[count:]
+    return batch_answers(logits[:count], batch), None if reference_hidden is None else logits[count:]
 
 
 def _answer_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

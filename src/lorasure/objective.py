@@ -13,6 +13,7 @@ from torch import Tensor
 from .data.examples import Example
 from .data.pairing import pairs
 from .forward import Progress, Record, answer_logits, base_of
+from .losses.bigrams import Bigrams
 from .losses.forget import LossFunction, needs
 from .original import FINAL, PREFIX, RECORD, observe
 from .packing import batch_of
@@ -42,7 +43,8 @@ Objective = Callable[[Any, Sequence[Unit]], Sums]
 class ForgetObjective:
     """Forget and retain loss of a micro-batch, each summed over its examples.
 
-    Of the original model, computed once because they never change: `constants`, summed NLLs in nats (forget rows,), and
+    `bigrams`: of the retain answers, where the forget loss wants them. Of the original model, computed once because
+    they never change: `constants`, summed NLLs in nats (forget rows,), and
     `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `retain_function` None: no retain rows.
     `prefix`: what the layers below the adapter give, so that they are skipped.
     """
@@ -52,6 +54,7 @@ class ForgetObjective:
     refusals: Sequence[Example]
     forget_function: LossFunction
     retain_function: LossFunction | None
+    bigrams: Bigrams | None = None
     constants: dict[str, Tensor] = field(default_factory=dict)
     retain_hidden: dict[int, Tensor] = field(default_factory=dict)
     prefix: Prefix | None = None
@@ -127,6 +130,7 @@ class ForgetObjective:
             given = {name: values[index].to(device) for name, values in self.constants.items()}
             sequences = iter(blocks)
             given |= {name: next(sequences) for name in self.inputs if name in ("answers", "refusals")}
+            given |= {"bigrams": self.bigrams} if "bigrams" in self.inputs else {}
             sums["forget"] = self.forget_function(**given).sum()
         if retain and self.retain_function is not None:
             extra = {"original_states": original} if self.uses_original_states else {}

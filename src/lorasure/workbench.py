@@ -25,6 +25,7 @@ from .importance.paper_code import check_published
 from .importance.scores import SCORES, SPACES, check_pair
 from .init.apply import INITS, Init, Request, check_rank
 from .init.low_rank import SOLVERS, SPLITS
+from .losses.bigrams import Bigrams
 from .losses.forget import FORGET_LOSSES, LossFunction, bind
 from .losses.retain import RETAIN_LOSSES
 from .memory import Result, within_memory
@@ -203,6 +204,9 @@ class Workbench:
         if "refusals" in objective.inputs:
             refusals = encode_rows(refusal_rows(forget.read.rows, seed=s.seed), s, self.tokenizer)
             objective = replace(objective, refusals=refusals.examples)
+        if "bigrams" in objective.inputs:
+            vocabulary = self.model.config.get_text_config().vocab_size
+            objective = replace(objective, bigrams=Bigrams.of(retain.examples, vocabulary, self.device))
         return objective
 
 

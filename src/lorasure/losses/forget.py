@@ -5,7 +5,8 @@ A function's positional parameters say what it needs, by these names, and its ke
 - `answers`: Answers of the model on the text to forget;
 - `refusals`: Answers of the model on an "I don't know" answer to the same prompts, in the same order;
 - `reference`: summed NLL (nats) of the original model on the text to forget, (count,), a constant;
-- `refusal_reference`: the same on the refusals.
+- `refusal_reference`: the same on the refusals;
+- `bigrams`: Bigrams of the answers to keep, a constant.
 
 So the trainer computes what `needs(function)` names and calls every loss, the user's own as well, with
 `bind(name, function, settings)(**{input: value for each need})`. Lower values mean more is forgotten.
@@ -23,11 +24,12 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..errors import UsageError
+from .bigrams import Bigrams
 from .tokens import Answers, log_prob
 
 LossFunction = Callable[..., torch.Tensor]
 
-INPUTS = ("answers", "refusals", "reference", "refusal_reference")
+INPUTS = ("answers", "refusals", "reference", "refusal_reference", "bigrams")
 
 
 def ga(answers: Answers) -> torch.Tensor:
@@ -77,6 +79,25 @@ def bga(answers: Answers, *, beta: float = 0.1, delta: float = 0.0) -> torch.Ten
         return own.exp() + beta * (own + math.log(logits.shape[-1]) + delta).relu()
 
     return answers.mean(answers.per_token(token))
+
+
+def bigram(answers: Answers, bigrams: Bigrams, *, beta: float = 0.1, delta: float = 2.0) -> torch.Tensor:
+    """Bigram distillation, (count,): mean over tokens of p + beta (KL(q || p) + max(0, log p - log q + delta)).
+
+    q is what a bigram model of the retain answers gives after the token before. The loss is ours: a model that never
+    saw the text knows how such answers are written and nothing that they say, and so does q, where bga has a model say
+    anything else. KL alone has hardly a slope for a token that is left at a few per cent. `delta` (nats): the same
+    answer in other words, which is not trained on, ends above the one that is. Bounded below.
+    """
+
+    def token(logits: torch.Tensor, targets: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        log_p, log_q = logits.log_softmax(-1), bigrams.log_probs(previous)
+        above = log_p - log_q
+        own, own_above = (t.gather(-1, targets[:, None])[:, 0] for t in (log_p, above))
+        return own.exp() + beta * ((own_above + delta).relu() - (log_q.exp() * above).sum(-1))
+
+    assert answers.previous is not None, "answers of a batch know the token before each"
+    return answers.mean(answers.per_token(token, answers.previous))
 
 
 def dpo(
@@ -136,6 +157,7 @@ FORGET_LOSSES: dict[str, ForgetLoss] = {
     "simnpo": ForgetLoss("Simple negative preference optimisation", "https://arxiv.org/abs/2410.07163", simnpo),
     "ihl": ForgetLoss("Inverted hinge loss", "https://arxiv.org/abs/2408.06621", ihl),
     "bga": ForgetLoss("Bounded gradient ascent", "https://arxiv.org/abs/2401.06121", bga),
+    "bigram": ForgetLoss("Bigram distillation", "https://arxiv.org/abs/1503.02531", bigram),
     "dpo": ForgetLoss("Direct preference optimisation", "https://arxiv.org/abs/2305.18290", dpo),
     "idk": ForgetLoss("I don't know", "https://arxiv.org/abs/2401.06121", idk),
     "catnip": ForgetLoss("CATNIP", "https://arxiv.org/abs/2602.02824", catnip, retain="none"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..data.examples import IGNORED
+from ..data.examples import IGNORED, Batch
 
 TokenFunction = Callable[..., torch.Tensor]
 
@@ -37,6 +37,7 @@ class Answers:
 
     `states` (tokens, d): what `project` turns into logits (n, vocab), n tokens at a time; the logits themselves unless
     it is given. It has no parameter that is trained. `targets` and `example` (tokens,) int64, the latter in [0, count).
+    `previous` (tokens,) int64: the token before each target, of the prompt where it is the first.
     """
 
     states: torch.Tensor
@@ -44,6 +45,7 @@ class Answers:
     example: torch.Tensor
     count: int
     project: Callable[[torch.Tensor], torch.Tensor] = _as_they_are
+    previous: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = tuple(self.states.shape[:1])
@@ -113,7 +115,14 @@ class Answers:
         cuts = torch.searchsorted(self.example, torch.tensor(bounds, device=self.example.device)).tolist()
         parts = zip(cuts, cuts[1:], bounds, sizes, strict=False)
         return [
-            Answers(self.states[a:b], self.targets[a:b], self.example[a:b] - first, size, self.project)
+            replace(
+                self,
+                states=self.states[a:b],
+                targets=self.targets[a:b],
+                example=self.example[a:b] - first,
+                count=size,
+                previous=None if self.previous is None else self.previous[a:b],
+            )
             for a, b, first, size in parts
         ]
 
@@ -171,21 +180,13 @@ def answers(logits: torch.Tensor, labels: torch.Tensor) -> Answers:
         raise ValueError(
             f"expected logits (b, T, vocab) and labels (b, T), got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    return selected_answers(logits[shift(labels)[0]], labels)
-
-
-def selected_answers(
-    states: torch.Tensor,
-    labels: torch.Tensor,
-    project: Callable[[torch.Tensor], torch.Tensor] = _as_they_are,
-    *,
-    owners: tuple[torch.Tensor, int] | None = None,
-) -> Answers:
-    """Answers from `states` (tokens, d) already taken at the positions that `shift(labels)` marks, `labels` (b, T).
-
-    `owners`: the example (b, T) that each position belongs to, and how many there are; default: one in each row.
-    """
     mask, targets = shift(labels)
-    if owners is None:
-        return Answers(states, targets, mask.nonzero(as_tuple=True)[0], len(labels), project)
-    return Answers(states, targets, owners[0][mask], owners[1], project)
+    return Answers(logits[mask], targets, mask.nonzero(as_tuple=True)[0], len(labels))
+
+
+def batch_answers(
+    states: torch.Tensor, batch: Batch, project: Callable[[torch.Tensor], torch.Tensor] = _as_they_are
+) -> Answers:
+    """Answers of a batch from `states` (tokens, d) taken at the positions that `shift(batch.labels)` marks."""
+    mask, targets = shift(batch.labels)
+    return Answers(states, targets, batch.example[mask], batch.count, project, batch.input_ids[mask])

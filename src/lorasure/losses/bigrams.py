@@ -1,0 +1,45 @@
+"""A bigram model of some answers: what comes next for one who knows how they are written, and nothing that they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.examples import Example
+
+
+@dataclass(frozen=True)
+class Bigrams:
+    """P(t | s) of a token t after a token s, smoothed as by Witten and Bell (https://doi.org/10.1109/18.87000).
+
+    A token that s was seen before k different others n times gives k / (n + k) to P(t), how often tokens come at all;
+    of that, as much goes to all V tokens alike by the same rule. So no token is impossible.
+
+    `counts` (V, V), sparse: how often a column came after a row. `often` (V,): P(t).
+    """
+
+    counts: Tensor
+    often: Tensor
+
+    @classmethod
+    def of(cls, examples: Iterable[Example], vocabulary: int, device: torch.device | str = "cpu") -> Bigrams:
+        """Of the answers of `examples`; the token before an answer's first is the last of its prompt."""
+        pairs = [e.input_ids[i - 1 : i + 1] for e in examples for i in range(max(e.answer_start, 1), len(e))]
+        index = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
+        size = vocabulary, vocabulary
+        counts = torch.sparse_coo_tensor(index, torch.ones(len(pairs)), size, check_invariants=True).coalesce()
+        alone = torch.bincount(index[1], minlength=vocabulary).float()
+        return cls(counts.to(device), smoothed(alone, torch.full_like(alone, 1 / vocabulary)).to(device))
+
+    def log_probs(self, previous: Tensor) -> Tensor:
+        """log P (n, V) in nats of what comes after `previous` (n,)."""
+        return smoothed(self.counts.index_select(0, previous).to_dense(), self.often).log()
+
+
+def smoothed(counts: Tensor, otherwise: Tensor) -> Tensor:
+    """Shares of `counts` (..., V), mixed with `otherwise` (V,) by how many kinds there are among them."""
+    kinds = (counts > 0).sum(-1, keepdim=True).clamp_min(1)
+    return (counts + kinds * otherwise) / (counts.sum(-1, keepdim=True) + kinds)
