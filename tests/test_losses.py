@@ -11,7 +11,7 @@ import torch
 from lorasure.data.examples import IGNORED, Example, collate, pack
 from lorasure.errors import UsageError
 from lorasure.losses.bigrams import Bigrams
-from lorasure.losses.forget import FORGET_LOSSES, INPUTS, bga, bind, catnip, hyperparameters, ihl, needs, npo
+from lorasure.losses.forget import FORGET_LOSSES, INPUTS, bga, bigram, bind, catnip, hyperparameters, ihl, needs, npo
 from lorasure.losses.retain import RETAIN_LOSSES, kl
 from lorasure.losses.tokens import Answers, answers, batch_answers, shift
 
@@ -288,6 +288,27 @@ def test_bga_pushes_likely_tokens_fully_rare_ones_by_beta_and_rarer_than_chance_
         # d log p / d logit = 1 - p
         expected = (p + 0.5 * torch.tensor(pushed)) * (1 - p)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_bigrams_add_up_to_one_and_after_an_unseen_token_comes_what_comes_at_all():
+    bigrams = Bigrams.of(KEPT, VOCAB)
+    found = bigrams.log_probs(torch.arange(VOCAB)).exp()
+    torch.testing.assert_close(found.sum(-1), torch.ones(VOCAB))
+    torch.testing.assert_close(found[6], bigrams.often)
+    assert found.min() > 0 and found[2].argmax() == 3  # 2 was followed by 3 twice, and by nothing else
+
+
+def test_bigram_rests_where_a_model_says_what_the_bigrams_say():
+    """But for p: the truth, likelier by delta than wanted, is pushed on by beta until it is that much below."""
+    previous = torch.tensor([s for row in PREVIOUS for s in row])
+    bigrams = Bigrams.of(KEPT, VOCAB)
+    states = bigrams.log_probs(previous).double().requires_grad_()
+    known = Answers(states, torch.tensor([3, 5, 1, 0, 2, 6, 4, 2]), torch.arange(8), 8, previous=previous)
+    for delta, slope in ((-1.0, 0.0), (1.0, 0.5)):
+        p = known.log_probs.detach().exp()
+        got = torch.autograd.grad(bigram(known, bigrams, beta=0.5, delta=delta).sum(), states, retain_graph=True)[0]
+        expected = (p + slope) * (1 - p)  # d log p / d logit = 1 - p
+        torch.testing.assert_close(got.gather(1, known.targets[:, None])[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kl_is_zero_at_the_original_and_allows_ruled_out_tokens():

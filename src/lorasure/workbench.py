@@ -195,6 +195,11 @@ class Workbench:
         """Which model this is."""
         return fingerprint(self.model, self.settings.located()["model"])
 
+    @cached_property
+    def bigrams(self) -> Bigrams:
+        """Of the retain answers."""
+        return Bigrams.of(self.data[1].examples, self.model.config.get_text_config().vocab_size, self.device)
+
     def objective(self) -> ForgetObjective:
         """The forget and retain loss over the data, refusals included where the loss wants them."""
         s = self.settings
@@ -205,8 +210,7 @@ class Workbench:
             refusals = encode_rows(refusal_rows(forget.read.rows, seed=s.seed), s, self.tokenizer)
             objective = replace(objective, refusals=refusals.examples)
         if "bigrams" in objective.inputs:
-            vocabulary = self.model.config.get_text_config().vocab_size
-            objective = replace(objective, bigrams=Bigrams.of(retain.examples, vocabulary, self.device))
+            objective = replace(objective, bigrams=self.bigrams)
         return objective
 
 

@@ -27,19 +27,19 @@ class Bigrams:
     @classmethod
     def of(cls, examples: Iterable[Example], vocabulary: int, device: torch.device | str = "cpu") -> Bigrams:
         """Of the answers of `examples`; the token before an answer's first is the last of its prompt."""
-        pairs = [e.input_ids[i - 1 : i + 1] for e in examples for i in range(max(e.answer_start, 1), len(e))]
-        index = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
-        size = vocabulary, vocabulary
-        counts = torch.sparse_coo_tensor(index, torch.ones(len(pairs)), size, check_invariants=True).coalesce()
-        alone = torch.bincount(index[1], minlength=vocabulary).float()
+        rows = [torch.tensor(e.input_ids[max(e.answer_start - 1, 0) :]) for e in examples]
+        pairs = torch.cat([torch.stack([row[:-1], row[1:]]) for row in rows], dim=1)
+        ones, size = torch.ones(pairs.shape[1]), (vocabulary, vocabulary)
+        counts = torch.sparse_coo_tensor(pairs, ones, size, check_invariants=True).coalesce()
+        alone = torch.bincount(pairs[1], minlength=vocabulary).float()
         return cls(counts.to(device), smoothed(alone, torch.full_like(alone, 1 / vocabulary)).to(device))
 
     def log_probs(self, previous: Tensor) -> Tensor:
         """log P (n, V) in nats of what comes after `previous` (n,)."""
-        return smoothed(self.counts.index_select(0, previous).to_dense(), self.often).log()
+        return smoothed(self.counts.index_select(0, previous).to_dense(), self.often).log_()
 
 
 def smoothed(counts: Tensor, otherwise: Tensor) -> Tensor:
     """Shares of `counts` (..., V), mixed with `otherwise` (V,) by how many kinds there are among them."""
     kinds = (counts > 0).sum(-1, keepdim=True).clamp_min(1)
-    return (counts + kinds * otherwise) / (counts.sum(-1, keepdim=True) + kinds)
+    return torch.addcmul(counts, kinds, otherwise).div_(counts.sum(-1, keepdim=True) + kinds)

@@ -91,10 +91,10 @@ def bigram(answers: Answers, bigrams: Bigrams, *, beta: float = 0.1, delta: floa
     """
 
     def token(logits: torch.Tensor, targets: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        log_p, log_q = logits.log_softmax(-1), bigrams.log_probs(previous)
-        above = log_p - log_q
-        own, own_above = (t.gather(-1, targets[:, None])[:, 0] for t in (log_p, above))
-        return own.exp() + beta * ((own_above + delta).relu() - (log_q.exp() * above).sum(-1))
+        log_q, log_p = bigrams.log_probs(previous), logits.log_softmax(-1)
+        own, own_q = (t.gather(-1, targets[:, None])[:, 0] for t in (log_p, log_q))
+        divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+        return own.exp() + beta * (divergence + (own - own_q + delta).relu())
 
     assert answers.previous is not None, "answers of a batch know the token before each"
     return answers.mean(answers.per_token(token, answers.previous))
