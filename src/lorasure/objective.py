@@ -43,9 +43,9 @@ Objective = Callable[[Any, Sequence[Unit]], Sums]
 class ForgetObjective:
     """Forget and retain loss of a micro-batch, each summed over its examples.
 
-    `bigrams`: of the retain answers, where the forget loss wants them. Of the original model, computed once because
-    they never change: `constants`, summed NLLs in nats (forget rows,), and
-    `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `retain_function` None: no retain rows.
+    Of the original model, computed once because they never change: `constants`, summed NLLs in nats (forget rows,), and
+    `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `bigrams`: of the retain answers, if the
+    forget loss wants them. `retain_function` None: no retain rows.
     `prefix`: what the layers below the adapter give, so that they are skipped.
     """
 
