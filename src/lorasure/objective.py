@@ -44,8 +44,8 @@ class ForgetObjective:
     """Forget and retain loss of a micro-batch, each summed over its examples.
 
     Of the original model, computed once because they never change: `constants`, summed NLLs in nats (forget rows,), and
-    `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `bigrams`: of the retain answers, if the
-    forget loss wants them. `retain_function` None: no retain rows.
+    `retain_hidden`, final hidden states (answer tokens, hidden) per retain row. `bigrams`: of the retain answers, where
+    the forget loss wants them. `retain_function` None: no retain rows.
     `prefix`: what the layers below the adapter give, so that they are skipped.
     """
 
