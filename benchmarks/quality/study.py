@@ -83,7 +83,7 @@ KEPT = 0.98  # what a chosen trial must keep on its few rows
 RANKED_BY = {"score": "variance", "space": "lora"}
 MEASURED_ROWS = 100  # of each set, for every trial
 EPOCHS_TOO = 3  # on forget10, of contrast with these losses besides: as many as on forget05, so twice the steps
-LOSSES_TOO = ("bga", "ihl")
+LOSSES_TOO = ("bga", "bigram", "ihl")
 ATTACKED = [(loss, start) for loss in ("bga", "ihl") for start in ("contrast", "lora, 95% kept")]
 
 
