@@ -82,8 +82,7 @@ KEPT = 0.98  # what a chosen trial must keep on its few rows
 # Importance also ranks the layers for --coverage; a start that needs none takes VILA's for that.
 RANKED_BY = {"score": "variance", "space": "lora"}
 MEASURED_ROWS = 100  # of each set, for every trial
-EPOCHS_TOO = 3  # on forget10, of contrast with these losses besides: as many as on forget05, so twice the steps
-LOSSES_TOO = ("bga", "bigram", "ihl")
+LONGER = {"bga": 3, "bigram": 4, "ihl": 3}  # loss -> epochs on forget10 that `contrast` has runs with besides
 ATTACKED = [(loss, start) for loss in ("bga", "ihl") for start in ("contrast", "lora, 95% kept")]
 
 
@@ -178,11 +177,11 @@ def runs(a: argparse.Namespace, where) -> None:
 
 
 def longer(picked: list[tuple[str, str, dict[str, Any]]]) -> list[tuple[str, str, dict[str, Any]]]:
-    """The rows with EPOCHS_TOO."""
+    """The rows with LONGER's epochs."""
     return [
-        (f"{start}, {EPOCHS_TOO} epochs", loss, settings | {"epochs": EPOCHS_TOO})
+        (f"{start}, {LONGER[loss]} epochs", loss, settings | {"epochs": LONGER[loss]})
         for start, loss, settings in picked
-        if start == "contrast" and loss in LOSSES_TOO
+        if start == "contrast" and loss in LONGER
     ]
 
 

@@ -14,7 +14,7 @@ from scipy.stats import t as student
 # The README's rows: our default, then what else there is, each start with our loss and with the published one.
 FIRST = [
     (loss, start)
-    for loss in ("bga", "ihl")
+    for loss in ("bga", "bigram", "ihl")
     for start in ("contrast", "lora", "lora, 95% kept", "fila", "vila", "reglu")
 ]
 Lines = list[dict[str, Any]]
