@@ -28,7 +28,7 @@ from .study import LOCKS, STOPPED, Trial
 IMPORTANCE = "importance"
 # Utility dips while the learning rate is high and mostly comes back as that falls, so that on the way more may be lost
 # than in the end: this many times as much again at the start of the schedule, and none of it at the end.
-DIP = 8
+DIP = 4
 
 
 class Broken(Exception):
