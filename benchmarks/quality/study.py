@@ -198,9 +198,9 @@ def to_run(groups: list[str], starts: list[str]) -> list[tuple[str, str, dict[st
 
 
 def by_the_floor(group: str, starts: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Plain LoRA as the paper's rule chooses, where that is another trial: it may miss KEPT by very little."""
-    lora = [start for start in starts if start == "lora"]
-    other = [row for row in chosen(group, lora, FLOOR) if row not in chosen(group, lora)]
+    """Our default and plain LoRA as the paper's rule chooses, if that is another trial: one may miss KEPT by little."""
+    compared = [start for start in starts if start in ("contrast", "lora")]
+    other = [row for row in chosen(group, compared, FLOOR) if row not in chosen(group, compared)]
     return [(f"{start}, {FLOOR:.0%} kept", loss, settings) for start, loss, settings in other]
 
 
