@@ -68,16 +68,18 @@ def test_the_chosen_trial_keeps_enough_where_one_does(stored):
     assert study.chosen("npo", list(study.STARTS)) == []
 
 
-def test_plain_lora_is_run_by_the_papers_rule_as_well_where_that_chooses_another_trial(stored):
+def test_contrast_and_plain_lora_are_run_by_the_papers_rule_as_well_where_that_chooses_another_trial(stored):
     import study
 
-    assert study.by_the_floor("ihl", ["contrast", "lora"]) == []  # no trial keeps .98, so this rule has chosen already
-    found = tuned()
-    found["trials"].append(trial("lora", 2, 0.99, 0.9))
-    (stored / "tune-ihl.json").write_text(json.dumps(found))
-    [(name, loss, settings)] = study.by_the_floor("ihl", ["contrast", "lora"])
-    assert (name, loss, settings["lr"]) == ("lora, 95% kept", "ihl", 1e-3)
-    assert study.chosen("ihl", ["lora"])[0][2]["lr"] == 3e-3 and study.by_the_floor("ihl", ["contrast"]) == []
+    def found(*starts):
+        return [(name, settings["lr"]) for name, _, settings in study.by_the_floor("ihl", list(starts))]
+
+    # Of plain LoRA no trial keeps .98, so this rule has chosen already.
+    assert found("contrast", "lora", "vila") == [("contrast, 95% kept", 3e-3)]
+    kept = tuned()
+    kept["trials"].append(trial("lora", 2, 0.99, 0.9))
+    (stored / "tune-ihl.json").write_text(json.dumps(kept))
+    assert found("lora") == [("lora, 95% kept", 1e-3)] and study.chosen("ihl", ["lora"])[0][2]["lr"] == 3e-3
 
 
 def test_what_is_stored_is_not_run_again(stored, monkeypatch, tmp_path):
@@ -94,9 +96,10 @@ def test_what_is_stored_is_not_run_again(stored, monkeypatch, tmp_path):
     a = argparse.Namespace(groups=["ihl"], starts=["contrast"], splits=["forget05"], workers=2, work=tmp_path)
     (stored / "runs.jsonl").write_text(json.dumps(run_line("contrast", 3, -1.0)) + "\n")
     study.runs(a, None)
-    assert sorted(ran) == [f"ihl/contrast/forget05/{seed}" for seed in (0, 1, 2, 4)]
+    by_floor = [f"ihl/contrast, 95% kept/forget05/{seed}" for seed in range(5)]
+    assert sorted(ran) == by_floor + [f"ihl/contrast/forget05/{seed}" for seed in (0, 1, 2, 4)]
     study.runs(a, None)
-    assert len(ran) == 4 and len((stored / "runs.jsonl").read_text().splitlines()) == 5
+    assert len(ran) == 9 and len((stored / "runs.jsonl").read_text().splitlines()) == 10
 
 
 def test_tables_say_what_is_stored(stored, tmp_path):
