@@ -102,8 +102,9 @@ def first_table(runs: Lines) -> str:
         lines = {split: found.get((loss, split, start)) for split in LEFT}
         if lines["forget05"]:
             qualities = (quality(own) if own else "-" for own in lines.values())
-            rows.append([loss, start, *qualities, utility(lines["forget05"])])
-    return table("loss | start | forget01 | forget05 | forget10 | utility, forget05", rows)
+            kept = (f"{mean(shares(own)):.1%}" if own else "-" for own in lines.values())
+            rows.append([loss, start, *qualities, ", ".join(kept)])
+    return table("loss | start | forget01 | forget05 | forget10 | utility of the three", rows)
 
 
 def attacks_table(lines: Lines) -> str:
@@ -135,8 +136,13 @@ def quality(lines: Lines) -> str:
 
 
 def utility(lines: Lines) -> str:
-    shares = zip(values(lines, "utility"), values(lines, "utility", "target"), strict=True)
-    return spread([own / target for own, target in shares], ".1%")
+    return spread(shares(lines), ".1%")
+
+
+def shares(lines: Lines) -> list[float]:
+    """Utility as shares of the target's."""
+    pairs = zip(values(lines, "utility"), values(lines, "utility", "target"), strict=True)
+    return [own / target for own, target in pairs]
 
 
 def distance(lines: Lines) -> str:
