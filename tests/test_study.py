@@ -120,7 +120,7 @@ def test_tables_say_what_is_stored(stored, tmp_path):
         assert (
             "| ihl | forget05 | contrast | 3 | -2.00 ± 2.48 | 98.8% ± 0.0% | 0.200 (n 200) | 0.0100 ± 0.0000 |" in page
         )
-        assert "| ihl | lora | - | -9.50 | - | 98.8% |" in readme
+        assert "| ihl | lora | - | -9.50 | - | -, 98.8%, - |" in readme
 
 
 def test_without_models_it_says_so(tmp_path):
