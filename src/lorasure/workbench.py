@@ -26,7 +26,7 @@ from .importance.scores import SCORES, SPACES, check_pair
 from .init.apply import INITS, Init, Request, check_rank
 from .init.low_rank import SOLVERS, SPLITS
 from .losses.bigrams import Bigrams
-from .losses.forget import FORGET_LOSSES, LossFunction, bind
+from .losses.forget import FORGET_LOSSES, LossFunction, bind, needs
 from .losses.retain import RETAIN_LOSSES
 from .memory import Result, within_memory
 from .model_files import check_model_folder
@@ -202,15 +202,13 @@ class Workbench:
 
     def objective(self) -> ForgetObjective:
         """The forget and retain loss over the data, refusals included where the loss wants them."""
-        s = self.settings
-        forget, retain = self.data
+        s, (forget, retain) = self.settings, self.data
         function, retain_function = loss_functions(s)
-        objective = ForgetObjective(forget.examples, retain.examples, (), function, retain_function)
+        bigrams = self.bigrams if "bigrams" in needs(function) else None
+        objective = ForgetObjective(forget.examples, retain.examples, (), function, retain_function, bigrams)
         if "refusals" in objective.inputs:
             refusals = encode_rows(refusal_rows(forget.read.rows, seed=s.seed), s, self.tokenizer)
             objective = replace(objective, refusals=refusals.examples)
-        if "bigrams" in objective.inputs:
-            objective = replace(objective, bigrams=self.bigrams)
         return objective
 
 
