@@ -82,11 +82,12 @@ KEPT = 0.98  # what a chosen trial must keep on its few rows
 # Importance also ranks the layers for --coverage; a start that needs none takes VILA's for that.
 RANKED_BY = {"score": "variance", "space": "lora"}
 MEASURED_ROWS = 100  # of each set, for every trial
-LONGER: dict[str, tuple[str, dict[str, Any]]] = {  # what `contrast` has runs with besides on forget10, by loss
-    "bga": ("3 epochs", {"epochs": 3}),
-    "bigram": ("4 epochs, lambda 2", {"epochs": 4, "lambda": 2.0}),
-    "ihl": ("3 epochs", {"epochs": 3}),
-}
+LONGER: list[tuple[str, str, dict[str, Any]]] = [  # loss, name and settings that `contrast` has on forget10 besides
+    ("bga", "3 epochs", {"epochs": 3}),
+    ("bigram", "4 epochs", {"epochs": 4}),
+    ("bigram", "4 epochs, lambda 2", {"epochs": 4, "lambda": 2.0}),
+    ("ihl", "3 epochs", {"epochs": 3}),
+]
 ATTACKED = [(loss, start) for loss in ("bga", "ihl") for start in ("contrast", "lora, 95% kept")]
 
 
@@ -183,9 +184,10 @@ def runs(a: argparse.Namespace, where) -> None:
 def longer(picked: list[tuple[str, str, dict[str, Any]]]) -> list[tuple[str, str, dict[str, Any]]]:
     """The rows with LONGER's settings."""
     return [
-        (f"{start}, {LONGER[loss][0]}", loss, settings | LONGER[loss][1])
+        (f"{start}, {name}", loss, settings | more)
         for start, loss, settings in picked
-        if start == "contrast" and loss in LONGER
+        for own, name, more in LONGER
+        if start == "contrast" and loss == own
     ]
 
 

@@ -189,4 +189,5 @@ def batch_answers(
 ) -> Answers:
     """Answers of a batch from `states` (tokens, d) taken at the positions that `shift(batch.labels)` marks."""
     mask, targets = shift(batch.labels)
-    return Answers(states, targets, batch.example[mask], batch.count, project, batch.input_ids[mask])
+    at = mask.nonzero(as_tuple=True)  # once: a device has to be waited for
+    return Answers(states, targets, batch.example[at], batch.count, project, batch.input_ids[at])
