@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import LEFT, measure_references, place
+from cells import LEFT, measure, place
 from study import ROOT, machine
 
 
@@ -52,8 +52,8 @@ def compared(where, split: str, work: Path) -> dict[str, Any]:
     from lorasure.evaluating import load_subject
     from lorasure.losses.bigrams import Bigrams
 
-    measure_references(where, split, work)
-    retrained = open_evaluation(work / f"retrained-{split}")
+    measure(where.retrained(split), where, split, work / split)
+    retrained = open_evaluation(work / split)
     settings = SuiteSettings(model=where.target(), dtype="float32", device="cpu")
     subject = load_subject(settings)
     kept = encode_rows(rows_of(where.tofu, LEFT[split]), settings, subject.tokenizer).examples
@@ -80,7 +80,7 @@ def nll(bigrams, examples: Sequence) -> list[float]:
     """Nats per token of each answer."""
     found = []
     for example in examples:
-        ids = torch.tensor(example.input_ids[max(example.answer_start - 1, 0) :])
+        ids = torch.tensor(example.input_ids[example.first - 1 :])
         found.append(-bigrams.log_probs(ids[:-1]).gather(1, ids[1:, None]).mean().item())
     return found
 

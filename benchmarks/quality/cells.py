@@ -46,14 +46,19 @@ def place(shared: Path, folder: Path):
 
 def measure_references(where, split: str, work: Path) -> None:
     """Evaluations of the target and of the retrained model in `work`, made unless they are there."""
-    from lorasure.evaluate.settings import EvaluateSettings
-    from lorasure.evaluating import evaluate_model
-
     for name, model in (("target", where.target()), ("retrained", where.retrained(split))):
         out = work / f"{name}-{split}"
         if not out.is_dir():
-            options = {"suite": "tofu", "data": where.tofu, "split": split, "max_rows": 0, "generate": False}
-            evaluate_model(EvaluateSettings(model=model, out=str(out), dtype="float32", device="cpu", **options))
+            measure(model, where, split, out)
+
+
+def measure(model: str, where, split: str, out: Path) -> None:
+    """An evaluation folder of a model on all four sets."""
+    from lorasure.evaluate.settings import EvaluateSettings
+    from lorasure.evaluating import evaluate_model
+
+    options = {"suite": "tofu", "data": where.tofu, "split": split, "max_rows": 0, "generate": False}
+    evaluate_model(EvaluateSettings(model=model, out=str(out), dtype="float32", device="cpu", **options))
 
 
 def run_cell(cell: Cell, shared: Path, work: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def padded(batch: Sequence[Example], width: int | None) -> dict[str, Tensor]:
     ids, mask = torch.zeros(len(batch), width, dtype=torch.int64), torch.zeros(len(batch), width, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
     for i, example in enumerate(batch):
-        tokens, first = torch.tensor(example.input_ids), max(example.answer_start, 1)
+        tokens, first = torch.tensor(example.input_ids), example.first
         ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
         labels[i, first : len(tokens)] = tokens[first:]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -48,9 +48,14 @@ class Example:
         return len(self.input_ids)
 
     @property
+    def first(self) -> int:
+        """The place of the first answer token that can be predicted: that of a sequence never can."""
+        return max(self.answer_start, 1)
+
+    @property
     def answer_length(self) -> int:
-        """Number of answer tokens that can be predicted (the first token of a sequence never can)."""
-        return len(self.input_ids) - max(self.answer_start, 1)
+        """Number of answer tokens that can be predicted."""
+        return len(self.input_ids) - self.first
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def _placed(examples: Sequence[Example], places: Sequence[tuple[int, int]], shap
     positions, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED, dtype=torch.int64)
     owner = torch.zeros(shape, dtype=torch.int64)
     for i, (example, (row, start)) in enumerate(zip(examples, places, strict=True)):
-        stop, first = start + len(example), start + max(example.answer_start, 1)
+        stop, first = start + len(example), start + example.first
         ids[row, start:stop] = torch.tensor(example.input_ids, dtype=torch.int64)
         mask[row, start:stop] = 1
         positions[row, start:stop] = torch.arange(len(example))

@@ -23,7 +23,7 @@ def prefixed(item: Item, tokenizer: Any) -> Item:
 
 def given(item: Item, count: int, tokenizer: Any) -> Item:
     """The item with the first `count` tokens of its answer, at most half of them, given; the rest is the answer now."""
-    start = max(item.example.answer_start, 1) + min(count, item.example.answer_length // 2)
+    start = item.example.first + min(count, item.example.answer_length // 2)
     rest = tokenizer.decode(item.example.input_ids[start:], skip_special_tokens=True)
     return replace(item, example=replace(item.example, answer_start=start), answer=rest)
 

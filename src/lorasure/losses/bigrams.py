@@ -27,7 +27,7 @@ class Bigrams:
     @classmethod
     def of(cls, examples: Iterable[Example], vocabulary: int, device: torch.device | str = "cpu") -> Bigrams:
         """Of the answers of `examples`; the token before an answer's first is the last of its prompt."""
-        rows = [torch.tensor(e.input_ids[max(e.answer_start - 1, 0) :]) for e in examples]
+        rows = [torch.tensor(e.input_ids[e.first - 1 :]) for e in examples]
         pairs = torch.cat([torch.stack([row[:-1], row[1:]]) for row in rows], dim=1)
         ones, size = torch.ones(pairs.shape[1]), (vocabulary, vocabulary)
         counts = torch.sparse_coo_tensor(pairs, ones, size, check_invariants=True).coalesce()
