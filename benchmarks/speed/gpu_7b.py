@@ -40,7 +40,7 @@ from lorasure.init.low_rank import Factors
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.models import pick_token_budget
-from lorasure.objective import ForgetObjective, forget_steps
+from lorasure.objective import ForgetObjective, Unit, forget_steps
 from lorasure.sites import Site, all_sites
 from lorasure.train import fit
 
@@ -195,6 +195,7 @@ def footprint(name: str, a: argparse.Namespace, sets: Sequence[Sequence[Example]
         directions="inputs",
         coverage=1.0,
         gradient_checkpointing=False,
+        compile=False,
         four_bit=a.four_bit,
         on_cpu=False,
         shares=1,
@@ -221,13 +222,16 @@ def train(stages: Stages, model, start, sets, loss: str, a: argparse.Namespace, 
             tokens=sum(map(len, forget)),
         )
     wrapped = lora.attach(model, start, RANK, ALPHA, compensate=True)
-    settings = OptimizerSettings(lr=1e-4, epochs=a.epochs, batch_size=32, max_grad_growth=1e9)
-    stages.run(
-        f"{loss}, {a.epochs} epochs",
-        lambda: fit(wrapped, steps, objective, settings, token_budget=a.tokens),
-        tokens=tokens * a.epochs,
-        operations=least * a.epochs,
-    )
+
+    def run(name: str, steps: Sequence[list[Unit]], compiled: bool, **about: float) -> None:
+        settings = OptimizerSettings(lr=1e-4, epochs=a.epochs, batch_size=32, max_grad_growth=1e9, compile=compiled)
+        stages.run(name, lambda: fit(wrapped, steps, objective, settings, token_budget=a.tokens), **about)
+
+    whole = {"tokens": tokens * a.epochs, "operations": least * a.epochs}
+    run(f"{loss}, {a.epochs} epochs", steps, False, **whole)
+    if a.compile:
+        run(f"{loss}, first and last step, compiling", [steps[0], steps[-1]], True)
+        run(f"{loss}, {a.epochs} epochs, compiled", steps, True, **whole)
     wrapped.unload()
     model.requires_grad_(False)
 
@@ -236,6 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["llama-2-7b", "phi-1.5", "llama-3.1-8b"])
     parser.add_argument("--four-bit", action="store_true", help="NF4 base, needs bitsandbytes")
+    parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
     parser.add_argument("--losses", nargs="+", choices=list(FORGET_LOSSES), default=["npo", "ihl"])
     parser.add_argument("--rows", type=int, default=400, help="of each set")
     parser.add_argument("--epochs", type=int, default=5)

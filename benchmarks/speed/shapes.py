@@ -37,7 +37,7 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "phi-1.5": phi,
     "llama-3.1-8b": lambda: llama(vocab_size=128_256, intermediate_size=14_336, num_key_value_heads=8),
     "tiny": lambda: llama(
-        vocab_size=1000, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=1000, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=2
     ),
 }
 

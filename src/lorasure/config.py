@@ -193,6 +193,7 @@ class OptimizerSettings(Settings):
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    compile: bool = option(False, "torch.compile for the layers: pays on a GPU in all but short runs")
     max_grad_growth: float = option(
         1000.0, "stop when the gradient's norm is this many times the largest of all steps before", above=1
     )

@@ -47,6 +47,7 @@ def footprint(bench: Workbench) -> Footprint:
         init.evidence if init.evidence in ("outputs", "inputs") else "",
         s.coverage,
         s.gradient_checkpointing,
+        s.compile,
         four_bit,
         bench.device.type == "cpu",
         processes.size() if processes.sharded() else 1,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .data.examples import micro_batches
 from .importance.activations import side_of
 from .importance.collect import FULL_CHUNK, Probe
+from .layers import KEPT_SHARE
 from .losses.tokens import ROWS
 from .sites import Site, find_sites
 
@@ -107,6 +108,7 @@ class Footprint:
     directions: str
     coverage: float
     gradient_checkpointing: bool
+    compile: bool
     four_bit: bool
     on_cpu: bool
     shares: int
@@ -144,6 +146,8 @@ class Footprint:
         per_token = s.per_token()
         if training and self.gradient_checkpointing:
             per_token = per_token / s.layers + s.width * s.hidden * s.layers
+        elif training and self.compile:
+            per_token *= (2 + KEPT_SHARE * (s.layers - 2)) / s.layers
         return round(tokens * per_token)
 
     def logits(self, answers: int) -> int:

@@ -1,12 +1,15 @@
-"""The stack of decoder layers, and modules that compute something else for a while."""
+"""The stack of decoder layers, and modules that compute something else, or otherwise, for a while."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -48,3 +51,38 @@ def checkpointed(model: nn.Module) -> AbstractContextManager[None]:
     if not layers:
         raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it.")
     return computing(layers, lambda forward: partial(checkpoint, forward, use_reentrant=False))
+
+
+# Of what a compiled layer keeps for its way back without it: below, all but products is computed again there.
+KEPT_SHARE = 0.25
+
+
+@contextmanager
+def compiled(model: nn.Module) -> Iterator[None]:
+    """Within the context torch.compile runs the decoder layers, as one program for all of them.
+
+    So only layers of the most common make are, and not the lowest that is trained (its input has no gradient) nor the
+    last (see `at_answers`): each would be a program of its own, and one takes as long as a short run.
+    """
+    layers = decoder_layers(model)
+    trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    inner = layers[trained[0] + 1 : -1] if trained else []
+    makes = [(type(layer), *(type(module).__name__ for module in layer.modules())) for layer in inner]
+    if not inner:
+        raise UsageError(f"--compile: {type(model).__name__} has no layers of one make between its first and its last.")
+    (common, _), *_ = Counter(makes).most_common()
+    program = torch.compile(common[0].forward, dynamic=True)
+    chosen = [layer for layer, make in zip(inner, makes, strict=True) if make == common]
+    with (
+        catch_warnings(),
+        torch._functorch.config.patch(activation_memory_budget=KEPT_SHARE),
+        computing(chosen, lambda forward: partial(program, forward.__self__)),
+    ):
+        filterwarnings("ignore", module=r"torch\.")  # of what torch.compile itself does
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error).__module__.partition(".")[2].partition(".")[0] not in ("_dynamo", "_inductor"):
+                raise
+            text = f"--compile: torch.compile fails on this model or machine ({type(error).__name__})."
+            raise UsageError(text) from error

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .precision import matrix_units
+from .precision import operand, product
 
 
 class LoraProduct(torch.autograd.Function):
     """y + s (B A - B0 A0) x for x (..., in), factors A (r, in), B (out, r) and frozen tails A0, -B0 or None.
 
     y (..., out) is the frozen layer's output of x; None where `weight` (out, in) and `bias` are given: it is then made
-    here, and it and its gradient are added to in place. Both halves go through one pair of products in the factors'
-    dtype, whatever that of x and y. Kept for the backward pass are x, which the layers that read it share, and numbers
-    of the size of a factor or (tokens, 2 r); gradients are formed for A, B, x and y alone. Factors may have further
-    axes of length 1; their gradients are of the same shape.
+    here, and it and its gradient are added to in place. Both halves go through one pair of products, as
+    (B - B0) A + B0 (A - A0), so that what training has changed is not the small difference of two large numbers; in the
+    dtype that `operand` says, whatever that of x and y. Kept for the backward pass are x, which the layers that read it
+    share, and numbers of the size of a factor or (tokens, 2 r); gradients are formed for A, B, x and y alone. Factors
+    may have further axes of length 1; their gradients are of the same shape.
     """
 
     @staticmethod
@@ -38,14 +39,16 @@ class LoraProduct(torch.autograd.Function):
         ctx.shapes, ctx.scaling, ctx.rank = (a.shape, b.shape), scaling, a.numel() // x.shape[-1]
         a, b = a.view(ctx.rank, -1), b.view(-1, ctx.rank)
         if a0 is not None and b0 is not None:
-            a, b = torch.cat([a, a0.view(a.shape)]), torch.cat([b, b0.view(b.shape)], dim=1)
-        with matrix_units(x):
-            inner = _rows(x).to(a.dtype) @ a.T
-            ctx.save_for_backward(x, inner, a, b, weight)
-            if y is None:
-                assert weight is not None
-                return _add(linear(x, weight, bias), inner, b.T, scaling)
-            return _add(y.clone(), inner, b.T, scaling)
+            a0, b0 = a0.view(a.shape), b0.view(b.shape)
+            a, b = torch.cat([a, a - a0]), torch.cat([b + b0, -b0], dim=1)
+        rows = operand(_rows(x), a.dtype)
+        a, b = a.to(rows.dtype), b.to(rows.dtype)
+        inner = rows @ a.T
+        ctx.save_for_backward(x, inner, a, b, weight)
+        if y is None:
+            assert weight is not None
+            return _add(linear(x, weight, bias), inner, b.T, scaling)
+        return _add(y.clone(), inner, b.T, scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,15 +57,15 @@ class LoraProduct(torch.autograd.Function):
         d = _rows(gradients[0]).to(b.dtype)
         to_x, to_y, _, _, to_a, to_b, *_ = ctx.needs_input_grad
         d_x = d_a = d_b = None
-        with matrix_units(x):
-            back = (d @ b).mul_(ctx.scaling)
-            if to_x:
-                d_x = torch.zeros_like(x) if weight is None else gradients[0] @ weight
-                d_x = _add(d_x, back, a, 1.0)
-            if to_a:
-                d_a = (back[:, : ctx.rank].T @ _rows(x).to(a.dtype)).view(ctx.shapes[0])
-            if to_b:  # few rows times many columns: several times as fast as many rows times few columns
-                d_b = (inner[:, : ctx.rank].T @ d).mul_(ctx.scaling).T.reshape(ctx.shapes[1])
+        back = (d @ b).mul_(ctx.scaling)
+        if to_x:
+            d_x = torch.zeros_like(x) if weight is None else gradients[0] @ weight
+            d_x = _add(d_x, back, a, 1.0)
+        if to_a:
+            by_b = back.unflatten(1, (-1, ctx.rank)).sum(1)  # d (B - B0) + d B0
+            d_a = product(by_b.T, _rows(x).to(a.dtype)).view(ctx.shapes[0])
+        if to_b:  # few rows times many columns: several times as fast as many rows times few columns
+            d_b = product(inner[:, : ctx.rank].T, d).mul_(ctx.scaling).T.reshape(ctx.shapes[1])
         return d_x, gradients[0] if to_y else None, None, None, d_a, d_b, None, None, None
 
 

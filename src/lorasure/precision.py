@@ -1,33 +1,23 @@
-"""Float32 products of numbers that come in half precision, on the matrix units of a GPU."""
+"""Products of bfloat16 numbers on the matrix units of a GPU, without a copy in float32."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def matrix_units(source: Tensor) -> Iterator[None]:
-    """Within the context float32 products on a GPU may round their factors to TF32, if `source` is in half precision.
+def operand(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x as a factor of our own products: bfloat16 on a GPU as it is, all else in `dtype`.
 
-    TF32 has 11 binary digits, sums stay float32. Numbers that come in bfloat16 (8) are exact in it. Float32 factors of
-    an adapter or a probe are rounded, and that shows in a layer's output less than its own rounding to bfloat16 does.
-    Only around our own products: a model's position embeddings would not stand it. Where the caller has chosen by
-    PyTorch's newer settings (`torch.backends`), that stands.
+    A product of two bfloat16 numbers is exact in float32, in which the matrix units sum. An adapter's or a probe's
+    factors are rounded to bfloat16 beside such an x, and that shows in a layer's output less than its own rounding
+    does. Not float16: its range is too small for a product that is read again, nor on a CPU, where bfloat16 is slow.
     """
-    if not source.is_cuda or source.element_size() != 2:
-        yield
-        return
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the two kinds of settings do not mix
-        yield
-        return
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return x if x.is_cuda and x.dtype == torch.bfloat16 else x.to(dtype)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of two operands, matrices or batches of them; never rounded to bfloat16."""
+    if left.dtype != torch.bfloat16:
+        return left @ right
+    return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out_dtype=torch.float32)

@@ -16,7 +16,7 @@ from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError
 from ..forward import Progress, answer_hidden
 from ..layers import decoder_layers
-from ..precision import matrix_units
+from ..precision import operand, product
 from ..sites import Site, tap
 
 ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 1.4e9
@@ -68,9 +68,8 @@ def second_moments(
             assert same, f"{site.name} reads what {owner} reads in some passes only"
             return
         last = z, site.name  # held, so that its memory is nobody else's while it is compared with
-        with matrix_units(z):
-            z = z[mask].float()
-            total[site.name] = total.get(site.name, 0) + z.T @ z
+        z = operand(z[mask])
+        total[site.name] = total.get(site.name, 0) + product(z.T, z)
 
     groups = micro_batches([len(e) for e in examples], token_budget)
     # A process without a pass would not know which sites share; where weights are shared out, all must make as many.
