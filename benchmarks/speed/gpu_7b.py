@@ -1,6 +1,7 @@
 """What forgetting costs at 7 B on one GPU: random weights of real shapes, TOFU forget10's row lengths.
 
-    python benchmarks/speed/gpu_7b.py [--models llama-2-7b phi-1.5 llama-3.1-8b] [--four-bit] [--results FILE]
+    python benchmarks/speed/gpu_7b.py [--models llama-2-7b phi-1.5 llama-3.1-8b] [--compile] [--results FILE]
+    python benchmarks/speed/gpu_7b.py --models llama-2-7b --four-bit --tokens 1280 --no-full
     python benchmarks/speed/gpu_7b.py --tiny     # the same stages on the CPU with a small shape
 
 Runs from a bare checkout where torch, transformers, peft and accelerate are installed. Prints, per model: seconds per
@@ -23,8 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+import accelerate
+import peft
 import psutil
 import torch
+import transformers
 from shapes import SHAPES, build, examples
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -257,7 +261,8 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: {rate / 1e12:.2f} T operations/s in matrix products", flush=True)
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "rate": rate, "four_bit": a.four_bit}
-    results |= {"rows": 2 * a.rows, "tokens_per_pass": a.tokens}
+    results |= {"rows": 2 * a.rows, "tokens_per_pass": a.tokens, "seed": 0}
+    results["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
     results["models"] = []
     for model in a.models:
         results["models"].append(measure_model(model, a, device, rate))
