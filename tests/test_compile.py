@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from conftest import random_examples, tiny_llama
-from lorasure import lora
+from lorasure import lora, processes
 from lorasure.errors import UsageError
 from lorasure.layers import compiled, decoder_layers
 from lorasure.objective import learn, learn_steps
@@ -69,6 +69,12 @@ def test_a_model_without_inner_layers_is_named():
         pytest.raises(UsageError, match="--compile: Linear has no layers of one make"),
         compiled(nn.Linear(1, 1)),
     ):
+        pass
+
+
+def test_not_where_weights_are_shared_out(monkeypatch):
+    monkeypatch.setattr(processes, "sharded", lambda: True)
+    with pytest.raises(UsageError, match="--compile: not where"), compiled(adapted().get_base_model()):
         pass
 
 

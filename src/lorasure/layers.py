@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import processes
 from .errors import UsageError
 
 Function = Callable[..., Any]
@@ -64,6 +65,8 @@ def compiled(model: nn.Module) -> Iterator[None]:
     So only layers of the most common make are, and not the lowest that is trained (its input has no gradient) nor the
     last (see `at_answers`): each would be a program of its own, and one takes as long as a short run.
     """
+    if processes.sharded():
+        raise UsageError("--compile: not where the base's weights are shared out; leave out one or the other.")
     layers = decoder_layers(model)
     trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
     inner = layers[trained[0] + 1 : -1] if trained else []
