@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from transformers import PreTrainedModel
 from .errors import UsageError
 from .init.low_rank import Factors
 from .init.spectral import product_singular
-from .lora_product import LoraProduct
+from .lora_product import ADAPTER_NAME, adapted
 from .sites import Site
 
-ADAPTER_NAME = "default"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 Start = Mapping[Site, Factors]
 
@@ -70,32 +68,9 @@ def attach(model: PreTrainedModel, start: Start, rank: int, alpha: float, *, com
         _place(lora_b, b.to(lora_b.weight.device), -b if compensate else None)
         if parameter is None:
             layer: Any = wrapped.get_base_model().get_submodule(module)
-            layer.__class__ = _adapted(type(layer))
+            layer.__class__ = adapted(type(layer))
             layer.factors = _trainable(lora_a), _trainable(lora_b), _tail(lora_a), _tail(lora_b)
     return wrapped
-
-
-@cache
-def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
-    """A kind of peft's layers that computes the same in one step of autograd, without joining head and tail.
-
-    A class, not a function in each layer, and its factors in a tuple, as torch gives every parametrized module a class
-    of its own: so what torch.compile has made of one layer serves all.
-    """
-
-    class Adapted(kind):
-        PEFTS = kind
-
-        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.disable_adapters or self.merged or args or kwargs:
-                return super().forward(x, *args, **kwargs)
-            base = self.base_layer
-            plain = type(base) is nn.Linear and not base.weight.requires_grad and "forward" not in vars(base)
-            own = (None, base.weight, base.bias) if plain else (base(x), None, None)
-            return LoraProduct.apply(x, *own, *self.factors, self.scaling[ADAPTER_NAME])
-
-    Adapted.__name__ = kind.__name__  # in messages, and for who asks for a layer's kind by its name
-    return Adapted
 
 
 def _config(model: PreTrainedModel, sites: Iterable[Site], rank: int, alpha: float) -> LoraConfig:

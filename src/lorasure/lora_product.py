@@ -1,14 +1,17 @@
-"""An adapted linear layer as one step of autograd. Pure tensors; `lora.py` puts it into layers."""
+"""An adapted linear layer as one step of autograd; `lora.py` makes layers of it."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .precision import operand, product
+
+ADAPTER_NAME = "default"
 
 
 class LoraProduct(torch.autograd.Function):
@@ -81,3 +84,26 @@ def _add(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     else:
         _rows(total).add_(left @ right, alpha=scaling)
     return total
+
+
+@cache
+def adapted(kind: type[nn.Module]) -> type[nn.Module]:
+    """A kind of peft's layers that computes the same in one step of autograd, without joining head and tail.
+
+    A class, not a function in each layer, and its factors in a tuple, as torch gives every parametrized module a class
+    of its own: so what torch.compile has made of one layer serves all.
+    """
+
+    class Adapted(kind):
+        PEFTS = kind
+
+        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters or self.merged or args or kwargs:
+                return super().forward(x, *args, **kwargs)
+            base = self.base_layer
+            plain = type(base) is nn.Linear and not base.weight.requires_grad and "forward" not in vars(base)
+            own = (None, base.weight, base.bias) if plain else (base(x), None, None)
+            return LoraProduct.apply(x, *own, *self.factors, self.scaling[ADAPTER_NAME])
+
+    Adapted.__name__ = kind.__name__  # in messages, and for who asks for a layer's kind by its name
+    return Adapted
