@@ -96,7 +96,7 @@ def runs_table(runs: Lines) -> str:
 
 
 def first_table(runs: Lines) -> str:
-    """The README's: our loss and ihl, each from our default start and from the published ones."""
+    """The README's: our losses and ihl, from our default start and from the published ones; the retrained model."""
     found, rows = grouped(runs), []
     for loss, start in FIRST:
         lines = {split: found.get((loss, split, start)) for split in LEFT}
@@ -104,6 +104,9 @@ def first_table(runs: Lines) -> str:
             qualities = (quality(own) if own else "-" for own in lines.values())
             kept = (f"{mean(shares(own)):.1%}" if own else "-" for own in lines.values())
             rows.append([loss, start, *qualities, ", ".join(kept)])
+    measured = {split: own for (_, split, _), own in found.items()}
+    kept = (f"{shares(measured[split], 'retrained')[0]:.1%}" if split in measured else "-" for split in LEFT)
+    rows.append(["-", "the retrained model", "0", "0", "0", ", ".join(kept)])
     return table("loss | start | forget01 | forget05 | forget10 | utility of the three", rows)
 
 
@@ -139,9 +142,9 @@ def utility(lines: Lines) -> str:
     return spread(shares(lines), ".1%")
 
 
-def shares(lines: Lines) -> list[float]:
+def shares(lines: Lines, model: str = "unlearned") -> list[float]:
     """Utility as shares of the target's."""
-    pairs = zip(values(lines, "utility"), values(lines, "utility", "target"), strict=True)
+    pairs = zip(values(lines, "utility", model), values(lines, "utility", "target"), strict=True)
     return [own / target for own, target in pairs]
 
 
