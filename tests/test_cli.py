@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from conftest import tiny_llama, write_rows
 from lorasure import artifacts, cli, interrupt, pipeline, stages, train_stage
@@ -454,6 +455,13 @@ def test_stage_commands_from_another_folder(base, model_folder, data_files, tmp_
         "adapter/adapter_model.safetensors",
     ):
         assert artifacts.sha256(tmp_path / "whole" / name) == artifacts.sha256(tmp_path / "staged" / name), name
+    whole = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert cli.main(["export", "../staged", "--export-scale", "0.5"]) == 0
+    assert "rank 4, 0.5 times what was trained" in capsys.readouterr().out
+    half = load_file(tmp_path / "staged" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(half[name], t * (0.5 if "lora_B" in name else 1)) for name, t in whole.items())
+    card = (tmp_path / "staged" / "adapter" / "README.md").read_text()
+    assert "(rank 4, 0.5 times what was trained)" in card
     assert cli.main(["export", "../staged", "--export-rank", "3", "--merge"]) == 0
     assert (tmp_path / "staged" / "merged" / "model.safetensors").is_file()
     assert "rank 3" in capsys.readouterr().out

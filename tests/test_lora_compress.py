@@ -49,6 +49,22 @@ def test_an_adapter_compressed_to_its_full_rank_is_the_same_adapter(case):
     assert kept == pytest.approx(1)
 
 
+def of_adapter(wrapped, sites):
+    """All factors, the frozen half too."""
+    return {site: lora._of_site(wrapped, site, lambda layer: layer.weight.detach().clone()) for site in sites}
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "mixtral, some experts"])
+def test_an_adapter_baked_at_a_scale_adds_so_many_times_what_was_trained(case, compensate):
+    _, sites, _, wrapped = attached(case, compensate=compensate)
+    train(wrapped)
+    added = {site: 0.7 * (f.B @ f.A) for site, f in of_adapter(wrapped, sites).items()}
+    baked = of_adapter(lora.bake(wrapped, 0.7), sites)
+    for site in sites:
+        torch.testing.assert_close(baked[site].B @ baked[site].A, added[site])
+
+
 @pytest.mark.parametrize("case", ["llama", "mixtral, some experts"])
 def test_a_compressed_adapter_is_the_truncated_product_and_loads_the_same_way(case, tmp_path):
     model, sites, start, wrapped = attached(case)

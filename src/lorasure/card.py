@@ -7,6 +7,7 @@ from typing import Any
 
 from .init.apply import INITS
 from .losses.forget import FORGET_LOSSES
+from .outcome import adapter_form
 
 PLAIN_WORDS = """\
 - This adapter **suppresses**; it does not erase. Anyone who holds the base model can leave the adapter out, or scale it
@@ -45,7 +46,7 @@ tags: [unlearning, lora, lorasure]
 
 # Unlearning adapter for {base["source"]}
 
-A plain LoRA adapter of rank {summary["export"]["rank"]} for the **untouched** base model.
+A plain LoRA adapter ({adapter_form(summary["export"])}) for the **untouched** base model.
 
 - Base: `{base["source"]}`, {base["parameters"]} parameters, revision {base["revision"] or "unknown (local folder)"}
 {hashes}

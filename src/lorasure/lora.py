@@ -176,8 +176,11 @@ def _adapter_layers(wrapped: PeftModel) -> Iterator[nn.Linear]:
             yield module.lora_B[ADAPTER_NAME]
 
 
-def bake(wrapped: PeftModel) -> PeftModel:
-    """Turn [head | tail] into ordinary weights of rank 2r: from here on it is any PEFT adapter. Training is over."""
+def bake(wrapped: PeftModel, scale: float = 1.0) -> PeftModel:
+    """Turn [head | tail] into ordinary weights of rank 2r: from here on it is any PEFT adapter. Training is over.
+
+    `scale`: what it adds to the base is multiplied by, in B, as servers expect a whole alpha.
+    """
     for layer in _adapter_layers(wrapped):
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
@@ -186,6 +189,8 @@ def bake(wrapped: PeftModel) -> PeftModel:
         if kind := getattr(type(module), "PEFTS", None):
             del module.factors
             module.__class__ = kind
+        if hasattr(module, "lora_B"):
+            module.lora_B[ADAPTER_NAME].weight.data.mul_(scale)
     return wrapped
 
 

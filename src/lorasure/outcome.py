@@ -21,6 +21,12 @@ def learning_rate(summary: Mapping[str, Any]) -> float:
     return summary[RATE]["rate"] if given == AUTO else given
 
 
+def adapter_form(export: Mapping[str, Any]) -> str:
+    """What kind of adapter a run's `export` record says was handed over."""
+    scale = export.get("scale", 1.0)  # not there in runs of before
+    return f"rank {export['rank']}" + (f", {scale:g} times what was trained" if scale != 1 else "")
+
+
 def weights_of(files: Iterable[str]) -> str | None:
     """Of a run's files, the (first) one with the weights that it hands over; None if there is none yet."""
     names = sorted(name for name in files if name.endswith(".safetensors"))

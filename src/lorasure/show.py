@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .errors import escaped
+from .outcome import adapter_form
 
 
 def result(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ def result(folder: Path, summary: Mapping[str, Any]) -> None:
 def _handed_over(folder: str, summary: Mapping[str, Any]) -> str:
     if export := summary.get("export"):
         checked = f"checked on the untouched base: largest logit difference {export['max_logit_difference']:.1e}"
-        return f"adapter: {folder}/adapter (rank {export['rank']}), {checked}"
+        return f"adapter: {folder}/adapter ({adapter_form(export)}), {checked}"
     if dampened := summary.get("dampened"):
         return f"whole model: {folder}/merged ({dampened['weights']} of {dampened['of']} weights dampened)"
     return f"assistant: {folder}/assistant; evaluate it with --adapter {folder}"

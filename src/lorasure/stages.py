@@ -162,7 +162,7 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
     for made in (artifacts.ADAPTER, artifacts.MERGED):  # by an attempt that was interrupted here
         shutil.rmtree(run / made, ignore_errors=True)
     with bench.reporter.stage("export"):
-        wrapped = lora.bake(wrapped)
+        wrapped = lora.bake(wrapped, s.export_scale)
         compression = None
         if s.export_rank:
             wrapped, compression = lora.compressed(wrapped, start.factors, s.export_rank)
@@ -184,6 +184,7 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
             "after": after,
             "export": {
                 "rank": s.export_rank or s.rank * (2 if start.compensated else 1),
+                "scale": s.export_scale,
                 **check,
                 "kept_energy": compression,
             },

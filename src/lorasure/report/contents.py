@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..outcome import learning_rate
+from ..outcome import adapter_form, learning_rate
 from . import charts
 from .questions import Questions, questions
 from .read import ROLES, Run, Suite, truth_ratios
@@ -107,7 +107,7 @@ def _done(run: Run) -> Pairs:
         found.append(("Training", f"{s['loss']}{against}, learning rate {learning_rate(run.summary):.2g}, {length}"))
     if export:
         checked = f"largest logit difference {export['max_logit_difference']:.1e} (bound {export['bound']:.1e})"
-        found.append(("Adapter", f"rank {export['rank']}, checked on the untouched base: {checked}"))
+        found.append(("Adapter", f"{adapter_form(export)}, checked on the untouched base: {checked}"))
     if verdict := run.summary.get("verdict"):
         found.append(("The run's own verdict", verdict["text"]))
     return found

@@ -90,6 +90,7 @@ class Runner:
         try:
             start = pipeline.started(bench, run)
             model = train_adapter(bench, run, start, self._watch(bench, attached))
+            model = lora.scaled(model, bench.settings.export_scale)
             scores = self.measure.scores(model, self.measure.sets)
             result = {"state": COMPLETE, "scores": self.measure.values(scores)}
             result |= {"intervals": {name: [score["low"], score["high"]] for name, score in scores.items()}}
