@@ -86,6 +86,7 @@ LONGER: list[tuple[str, str, dict[str, Any]]] = [  # loss, name and settings tha
     ("bga", "3 epochs", {"epochs": 3}),
     ("bigram", "4 epochs", {"epochs": 4}),
     ("bigram", "4 epochs, lambda 2", {"epochs": 4, "lambda": 2.0}),
+    ("bigram", "4 epochs, lambda 2, scale .9", {"epochs": 4, "lambda": 2.0, "export_scale": 0.9}),
     ("ihl", "3 epochs", {"epochs": 3}),
 ]
 ATTACKED = [(loss, start) for loss in ("bga", "ihl") for start in ("contrast", "lora, 95% kept")]
