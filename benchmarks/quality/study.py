@@ -53,7 +53,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "bga": {},
     "bigram": {},
     "ihl": {},
-    "gd": {},
+    "gd": {"export_scale": {"low": 0.7, "high": 1.0}},  # it damages, then comes back with less of it
     "npo": {"beta": {"low": 0.01, "high": 0.5, "log": True}},
     "simnpo": {"beta": {"low": 1.0, "high": 10.0, "log": True}},
 }
