@@ -29,7 +29,7 @@ from lorasure.search.trial import IMPORTANCE, Runner
 METHODS = {
     "plain": {"init": "lora"},
     "vila": {"init": "vila", "ranges": {"coverage": [0.5, 1.0]}},
-    "fila": {"init": "vila", "score": "fisher"},
+    "fila": {"init": "vila", "score": "fisher", "export_scale": 0.9},
 }
 
 

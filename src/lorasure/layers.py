@@ -10,6 +10,7 @@ from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer

@@ -185,6 +185,7 @@ def bake(wrapped: PeftModel, scale: float = 1.0) -> PeftModel:
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             layer.weight.requires_grad_(False)
+    module: Any
     for module in wrapped.modules():
         if kind := getattr(type(module), "PEFTS", None):
             del module.factors

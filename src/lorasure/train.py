@@ -65,9 +65,9 @@ class Training:
         assert not isinstance(settings.lr, str), "auto has become a number before training"
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # On a GPU in one launch: step by step it takes as long as a tenth of a 7B model's pass.
-        fused = {"fused": True} if any(p.is_cuda for p in parameters.values()) else {}
+        fused = any(p.is_cuda for p in parameters.values()) or None
         decay = settings.weight_decay
-        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=decay, **fused)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=decay, fused=fused)
         scheduler = LambdaLR(optimizer, shares or rate_shares(settings, steps))
         return cls(parameters, optimizer, scheduler, token_budget)
 

@@ -33,7 +33,7 @@ OF_METHOD = [
     for f in fields(stage)
     if f.name not in PER_CALL and not f.metadata.get("path")
 ]
-OF_METHOD = [*dict.fromkeys(OF_METHOD), "seed"]
+OF_METHOD = [*dict.fromkeys(OF_METHOD), "export_scale", "seed"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # also a folder's
 
 
