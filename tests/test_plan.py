@@ -93,8 +93,11 @@ def test_activations_of_measuring_and_of_training(settings, dtype):
     wrapped = lora.attach(bench.model, start, 4, 8.0, compensate=True)
     kept = kept_by(lambda: answer_logits(wrapped, batch)[0].nll_mean.sum(), wrapped)
     assert 0.75 < said.activations(count, training=True) / kept < 1.25
-    for fewer in (replace(said, gradient_checkpointing=True), replace(said, compile=True)):
-        assert fewer.activations(count, training=True) < 0.9 * said.activations(count, training=True)
+    fewer = replace(said, gradient_checkpointing=True)
+    assert fewer.activations(count, training=True) < 0.7 * said.activations(count, training=True)
+    many = replace(said, shapes=replace(said.shapes, layers=10))  # compiled: all of two, a quarter of eight
+    compiled = replace(many, compile=True).activations(count, training=True)
+    assert compiled == pytest.approx(0.4 * many.activations(count, training=True), rel=1e-6)
 
 
 def test_four_bit_weights_to_the_byte(settings):

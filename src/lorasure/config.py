@@ -246,12 +246,7 @@ class ExportSettings(Settings):
     """What to hand over."""
 
     export_rank: int | None = option(None, "compress the adapter to this rank (default: exact, twice --rank)", low=1)
-    export_scale: float = option(
-        1.0,
-        "multiply what the adapter adds: a little below 1 gives back what must stay before what must go",
-        above=0,
-        high=2,
-    )
+    export_scale: float = option(1.0, "share of what was trained to hand over; harm goes first", above=0, high=2)
     merge: bool = option(False, "also write the merged model")
 
 
