@@ -82,12 +82,13 @@ KEPT = 0.98  # what a chosen trial must keep on its few rows
 # Importance also ranks the layers for --coverage; a start that needs none takes VILA's for that.
 RANKED_BY = {"score": "variance", "space": "lora"}
 MEASURED_ROWS = 100  # of each set, for every trial
-LONGER: list[tuple[str, str, dict[str, Any]]] = [  # loss, name and settings that `contrast` has on forget10 besides
-    ("bga", "3 epochs", {"epochs": 3}),
-    ("bigram", "4 epochs", {"epochs": 4}),
-    ("bigram", "4 epochs, lambda 2", {"epochs": 4, "lambda": 2.0}),
-    ("bigram", "4 epochs, lambda 2, scale .9", {"epochs": 4, "lambda": 2.0, "export_scale": 0.9}),
-    ("ihl", "3 epochs", {"epochs": 3}),
+LONGER: list[tuple[str, str, str, dict[str, Any]]] = [  # loss, split, name and settings that `contrast` has besides
+    ("bga", "forget10", "3 epochs", {"epochs": 3}),
+    ("bigram", "forget10", "4 epochs", {"epochs": 4}),
+    ("bigram", "forget10", "4 epochs, lambda 2", {"epochs": 4, "lambda": 2.0}),
+    ("bigram", "forget10", "4 epochs, lambda 2, scale .9", {"epochs": 4, "lambda": 2.0, "export_scale": 0.9}),
+    ("ihl", "forget05", "6 epochs, scale .8", {"epochs": 6, "export_scale": 0.8}),
+    ("ihl", "forget10", "3 epochs", {"epochs": 3}),
 ]
 ATTACKED = [(loss, start) for loss in ("bga", "ihl") for start in ("contrast", "lora, 95% kept")]
 
@@ -177,18 +178,18 @@ def runs(a: argparse.Namespace, where) -> None:
         Cell(start, loss, split, seed, settings)
         for split in sorted(a.splits, key=lambda s: s != TUNED_ON)
         for seed in range(SEEDS)  # a study that is cut short has the same seeds of all
-        for start, loss, settings in picked + (longer(picked) if split == "forget10" else [])
+        for start, loss, settings in picked + longer(picked, split)
     ]
     finish(wanted, STORED / "runs.jsonl", a, where)
 
 
-def longer(picked: list[tuple[str, str, dict[str, Any]]]) -> list[tuple[str, str, dict[str, Any]]]:
+def longer(picked: list[tuple[str, str, dict[str, Any]]], split: str) -> list[tuple[str, str, dict[str, Any]]]:
     """The rows with LONGER's settings."""
     return [
         (f"{start}, {name}", loss, settings | more)
         for start, loss, settings in picked
-        for own, name, more in LONGER
-        if start == "contrast" and loss == own
+        for own, where, name, more in LONGER
+        if start == "contrast" and (loss, split) == (own, where)
     ]
 
 
