@@ -93,6 +93,7 @@ def test_what_is_stored_is_not_run_again(stored, monkeypatch, tmp_path):
 
     monkeypatch.setattr(study, "in_process", pretend)
     monkeypatch.setattr(study, "measure_references", lambda *_: None)
+    monkeypatch.setattr(study, "LONGER", [("ihl", "forget10", "3 epochs", {"epochs": 3})])  # of another split
     a = argparse.Namespace(groups=["ihl"], starts=["contrast"], splits=["forget05"], workers=2, work=tmp_path)
     (stored / "runs.jsonl").write_text(json.dumps(run_line("contrast", 3, -1.0)) + "\n")
     study.runs(a, None)
