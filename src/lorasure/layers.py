@@ -71,9 +71,9 @@ def compiled(model: nn.Module) -> Iterator[None]:
     layers = decoder_layers(model)
     trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
     inner = layers[trained[0] + 1 : -1] if trained else []
-    makes = [(type(layer), *(type(module).__name__ for module in layer.modules())) for layer in inner]
     if not inner:
         raise UsageError(f"--compile: {type(model).__name__} has no layers of one make between its first and its last.")
+    makes = [(type(layer), *(type(module).__name__ for module in layer.modules())) for layer in inner]
     (common, _), *_ = Counter(makes).most_common()
     program = torch.compile(common[0].forward, dynamic=True)
     chosen = [layer for layer, make in zip(inner, makes, strict=True) if make == common]
@@ -86,7 +86,7 @@ def compiled(model: nn.Module) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if type(error).__module__.partition(".")[2].partition(".")[0] not in ("_dynamo", "_inductor"):
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             text = f"--compile: torch.compile fails on this model or machine ({type(error).__name__})."
             raise UsageError(text) from error

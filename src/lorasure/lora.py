@@ -9,7 +9,7 @@ base needs no special case.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,30 +168,24 @@ def _place(layer: nn.Linear, head: Tensor, tail: Tensor | None) -> None:
         parametrize.register_parametrization(layer, "weight", FrozenTail(tail.to(layer.weight), layer.weight.shape))
 
 
-def _adapter_layers(wrapped: PeftModel) -> Iterator[nn.Linear]:
-    module: Any
-    for module in wrapped.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
-            yield module.lora_A[ADAPTER_NAME]
-            yield module.lora_B[ADAPTER_NAME]
-
-
 def bake(wrapped: PeftModel, scale: float = 1.0) -> PeftModel:
     """Turn [head | tail] into ordinary weights of rank 2r: from here on it is any PEFT adapter. Training is over.
 
     `scale`: what it adds to the base is multiplied by, in B, as servers expect a whole alpha.
     """
-    for layer in _adapter_layers(wrapped):
-        if parametrize.is_parametrized(layer, "weight"):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            layer.weight.requires_grad_(False)
     module: Any
     for module in wrapped.modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        lora_a, lora_b = module.lora_A[ADAPTER_NAME], module.lora_B[ADAPTER_NAME]
+        for layer in (lora_a, lora_b):
+            if parametrize.is_parametrized(layer, "weight"):
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+                layer.weight.requires_grad_(False)
+        lora_b.weight.data.mul_(scale)
         if kind := getattr(type(module), "PEFTS", None):
             del module.factors
             module.__class__ = kind
-        if hasattr(module, "lora_B"):
-            module.lora_B[ADAPTER_NAME].weight.data.mul_(scale)
     return wrapped
 
 

@@ -274,8 +274,9 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _advice(lr: float) -> dict[str, str]:
-    return {  # scaling first: it is done in seconds, on what has been trained
+    return {
         "known": f"a higher learning rate (--lr {3 * lr:.2g}), then more --epochs",
+        # Scaling first: it takes seconds, and trains nothing.
         "harmed": "`lorasure export RUN --export-scale 0.9`, "
         f"a lower learning rate (--lr {lr / 2:.2g}), a larger --lambda, or more retain rows",
     }

@@ -105,12 +105,13 @@ class Training:
         for name, p in self.parameters.items():
             if tensors[f"parameter|{name}"].shape != p.shape:
                 raise ValueError(f"{name} has another shape")
+        fused = self.optimizer.defaults["fused"]  # it has its count of steps on the device
         for name, p in self.parameters.items():
             p.copy_(tensors[f"parameter|{name}"])
             stored = {moment: tensors[f"{moment}|{name}"] for moment in MOMENTS if f"{moment}|{name}" in tensors}
             if stored:
-                on_host = {"step"} if not self.optimizer.defaults["fused"] else set()
-                self.optimizer.state[p] = {m: t if m in on_host else t.to(p.device) for m, t in stored.items()}
+                placed = {m: t if m == "step" and not fused else t.to(p.device) for m, t in stored.items()}
+                self.optimizer.state[p] = placed
         self.best = {key.removeprefix("best|"): t for key, t in tensors.items() if key.startswith("best|")}
         self.done, self.token_budget, self.first, self.largest = done, token_budget, first, largest
         rules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
