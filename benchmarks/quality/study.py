@@ -91,6 +91,7 @@ LONGER: list[tuple[str, str, str, dict[str, Any]]] = [  # loss, split, name and 
     ("ihl", "forget10", "3 epochs", {"epochs": 3}),
 ]
 ATTACKED = [(loss, start) for loss in ("bga", "ihl") for start in ("contrast", "lora, 95% kept")]
+ATTACKED += [("bigram", start) for start in ("contrast", "contrast, 95% kept", "lora")]
 
 
 def main() -> int:
