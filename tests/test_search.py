@@ -287,7 +287,7 @@ def test_interrupted_killed_and_continued_no_trial_is_lost_or_repeated(spec, out
 
 @pytest.mark.slow
 def test_two_commands_share_one_search(spec, out, tmp_path):
-    alone = search(spec(), SearchSettings(out=str(tmp_path / "alone")))
+    alone = search(spec(), SearchSettings(out=str(tmp_path / "alone"), trials_only=True))
     processes = [started(spec(), out, "--resume") for _ in range(2)]
     ran = [told(process) for process in processes]
     assert sorted(ran[0] + ran[1]) == sorted(f"{m}-{i:04d}" for m in METHODS for i in range(2))

@@ -12,6 +12,7 @@ is processor time, on more it is the wall.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def main() -> int:
         print(table(json.loads(a.results.read_text())))
         return 0
     torch.set_num_threads(a.threads)
+    gc.freeze()  # `lasted` collects before every measurement: not what was imported, again and again
     results: dict[str, Any] = {"about": machine() | {"quick": a.quick, "seed": Setting().seed}}
     print(f"load average {results['about']['load_average_at_start']}, {a.threads} threads", flush=True)
     with tempfile.TemporaryDirectory() as folder:
