@@ -68,7 +68,7 @@ def test_the_chosen_trial_keeps_enough_where_one_does(stored):
     assert study.chosen("npo", list(study.STARTS)) == []
 
 
-def test_contrast_and_plain_lora_are_run_by_the_papers_rule_as_well_where_that_chooses_another_trial(stored):
+def test_a_start_is_run_by_the_papers_rule_as_well_where_that_chooses_another_trial(stored):
     import study
 
     def found(*starts):
@@ -93,7 +93,8 @@ def test_what_is_stored_is_not_run_again(stored, monkeypatch, tmp_path):
 
     monkeypatch.setattr(study, "in_process", pretend)
     monkeypatch.setattr(study, "measure_references", lambda *_: None)
-    monkeypatch.setattr(study, "LONGER", [("ihl", "forget10", "3 epochs", {"epochs": 3})])  # of another split
+    of_another_split = ("ihl", "contrast", "forget10", "3 epochs", {"epochs": 3})
+    monkeypatch.setattr(study, "VARIANTS", [of_another_split])
     a = argparse.Namespace(groups=["ihl"], starts=["contrast"], splits=["forget05"], workers=2, work=tmp_path)
     (stored / "runs.jsonl").write_text(json.dumps(run_line("contrast", 3, -1.0)) + "\n")
     study.runs(a, None)

@@ -69,7 +69,9 @@ def run_cell(cell: Cell, shared: Path, work: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         where = place(shared, Path(folder) / "data")
-        data = {"model": where.target(), "forget": where.rows(cell.split), "retain": where.rows(LEFT[cell.split])}
+        # The same rows with wrong answers, which give --stop auto its level.
+        forget = f"{cell.split}_perturbed" if "stop" in cell.settings else cell.split
+        data = {"model": where.target(), "forget": where.rows(forget), "retain": where.rows(LEFT[cell.split])}
         settings = data | FIXED | {"epochs": EPOCHS[cell.split], "loss": cell.loss, "seed": cell.seed}
         settings |= {"out": f"{folder}/run", "dtype": "float32", "device": "cpu", **cell.settings}
         began = time.perf_counter()

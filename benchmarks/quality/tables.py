@@ -15,7 +15,8 @@ from scipy.stats import t as student
 FIRST = [
     (loss, start)
     for loss in ("bga", "bigram", "ihl")
-    for start in ("contrast", "lora", "lora, 95% kept", "fila", "vila", "reglu")
+    for name in ("contrast", "lora", "fila", "vila", "reglu")
+    for start in ((name,) if name == "contrast" else (name, f"{name}, 95% kept"))
 ]
 Lines = list[dict[str, Any]]
 
