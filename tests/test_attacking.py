@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_llama, write_rows
@@ -149,6 +150,20 @@ def test_relearning_with_a_lora_adapter(run, tmp_path):
     about, lines = attack(run, tmp_path, attacks="relearn", relearn_rank=2, relearn_lr=5e-2)
     values = [x["scores"]["probability"]["value"] for x in lines]
     assert values[-1] > 1.2 * values[0] and about["settings"]["relearn_rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [({}, "float32"), ({"dtype": "auto"}, "float32"), ({"dtype": "bfloat16"}, "bfloat16"), ({"relearn_rank": 2}, None)],
+)
+def test_relearning_of_all_weights_is_in_float32_whatever_the_run_was_in(run, tmp_path, given, dtype):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    config = artifacts.read_yaml(copied / "config.yaml") | {"dtype": "bfloat16"}
+    artifacts.write_yaml(copied / "config.yaml", config)
+    [victim] = attacking._Bench.of(copied, options(**given)).victims
+    held = {p.dtype for p in victim.load_trainable().parameters() if p.requires_grad == (dtype is not None)}
+    assert held == {getattr(torch, dtype or "bfloat16")}
+    assert victim.plain.model.dtype == (torch.float32 if given.get("dtype") == "auto" else torch.bfloat16)
 
 
 def test_an_attack_that_fails_is_not_run_and_never_passes_in_silence(run, tmp_path, monkeypatch):

@@ -135,8 +135,8 @@ class _Bench:
             return lora.merge(changed) if isinstance(changed, lora.PeftModel) else changed
 
         def load_trainable() -> Any:
-            # Small updates vanish in half-precision weights, as in finetune.
-            dtype = "float32" if o.relearn_rank is None and asked == "auto" else asked
+            # Small updates vanish in half-precision weights, as in finetune: what the run was made in does not count.
+            dtype = "float32" if o.relearn_rank is None and o.dtype in (None, "auto") else asked
             if o.relearn_rank and change and change.name == ASSISTANT:
                 raise NotRun("a model with an assistant is relearnt with all weights only (no --relearn-rank)")
             return trainable(load(1.0, dtype), o.relearn_rank, 2.0 * (o.relearn_rank or 0), o.seed)
