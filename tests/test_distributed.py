@@ -104,6 +104,44 @@ def test_each_process_keeps_half_of_the_layers_and_computes_the_same(tmp_path, m
         torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
 
 
+UNEVEN = """
+import json, sys
+from dataclasses import replace
+from lorasure import errors, fitting, processes
+from lorasure.config import ForgetSettings
+from lorasure.footprint import peak
+from lorasure.workbench import Workbench
+found = {}
+with processes.joined():
+    bench = Workbench(ForgetSettings(**json.loads(sys.argv[1])))
+    needs, whole = fitting.footprint(bench), bench.token_budget
+    rooms = {b: peak(replace(needs, token_budget=b).parts(), "host")[1] for b in (whole, whole // 2)} | {0: 1000}
+    for least in rooms:  # the second process has this much, the first has room for all
+        bench.token_budget = whole
+        fitting.free_memory = lambda device: {"host": rooms[least if processes.rank() else whole]}
+        try:
+            fitting.fit_memory(bench)
+            found[least] = bench.token_budget
+        except errors.ResourceError as error:
+            found[least] = str(error)
+    json.dump(found, open(f"{sys.argv[2]}/{processes.rank()}.json", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_different_memory_take_passes_of_one_size(tmp_path, model_folder, data_files):
+    """They deal out the same list of passes: with lists of their own, rows would be taken twice or never."""
+    script = tmp_path / "uneven.py"
+    script.write_text(UNEVEN)
+    given = {"model": model_folder, "forget": data_files[0], "retain": data_files[1], "out": tmp_path / "run"}
+    done = launched(*TORCHRUN, script, json.dumps({name: str(path) for name, path in given.items()}), tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    sizes = [size for size in first if size != "0"]
+    assert len(sizes) == 2 and all(first[size] == second[size] == int(size) for size in sizes)
+    assert "another of the processes has too little memory" in first["0"] and "needs" in second["0"]
+
+
 @pytest.fixture
 def of_three(monkeypatch):
     """This process is the second of three, which share out the weights."""
@@ -140,6 +178,17 @@ def test_what_cannot_be_shared_out_is_refused(of_three, model_folder, data_files
     of_three.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UsageError, match=r"DeepSpeed is not supported.*fsdp2\.yaml"), processes.joined():
         pass
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_sums_on_the_host_have_a_backend_also_beside_a_gpu(monkeypatch, gpu, backend):
+    begun = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(processes.dist, "init_process_group", begun.append)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: None)
+    with processes.joined():
+        assert begun == [backend]
 
 
 def test_out_of_memory_in_one_of_several_processes_is_not_tried_again_alone(of_three):

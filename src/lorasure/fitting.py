@@ -89,20 +89,30 @@ def free_memory(device: torch.device) -> dict[str, int]:
 def fit_memory(bench: Workbench) -> None:
     """Lower the tokens per pass where that is needed and the user did not set them; a ResourceError where nothing fits.
 
-    From shapes alone: nothing is loaded and no pass is made.
+    From shapes alone: nothing is loaded and no pass is made. Several processes take what fits in each of them, as they
+    deal out the same passes.
     """
     needs, room = footprint(bench), free_memory(bench.device)
-    if _fits(needs, room):
-        return
     shortest = max(map(max, (needs.measured.lengths, *(rows.lengths for rows in needs.steps))))
+    own = _fitting(bench, needs, room, shortest)
+    budget = processes.least(own)
+    if not own:
+        raise ResourceError(_refusal(bench, needs, room, shortest))
+    if not budget:
+        raise ResourceError(f"--model {bench.settings.model}: another of the processes has too little memory.")
+    if budget < bench.token_budget:
+        bench.reporter.note(f"tokens per batch: {budget} instead of {bench.token_budget}, which would not fit")
+        bench.token_budget = budget
+
+
+def _fitting(bench: Workbench, needs: Footprint, room: dict[str, int], shortest: int) -> int:
+    """Tokens per pass that fit here, those wanted at the most; 0 if none do."""
     budget = bench.token_budget
-    while bench.settings.tokens_per_batch is None and budget > shortest:
+    while not _fits(replace(needs, token_budget=budget), room):
+        if bench.settings.tokens_per_batch or budget <= shortest:
+            return 0
         budget = max(budget // 2, shortest)
-        if _fits(replace(needs, token_budget=budget), room):
-            bench.reporter.note(f"tokens per batch: {budget} instead of {bench.token_budget}, which would not fit")
-            bench.token_budget = budget
-            return
-    raise ResourceError(_refusal(bench, needs, room, shortest))
+    return budget
 
 
 def _fits(needs: Footprint, room: dict[str, int]) -> bool:

@@ -28,7 +28,8 @@ def joined() -> Iterator[None]:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
         "false"  # else transformers gives the weights to the first process only
     )
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # Both where there is a GPU: with --device cpu nothing is on it, and `least` is of a number on the host.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
@@ -81,6 +82,15 @@ def share(groups: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
             raise UsageError(f"--batch-size: {len(even)} rows cannot be shared out evenly to {size()} processes.")
         even[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
     return even[rank() :: size()]
+
+
+def least(number: int) -> int:
+    """The smallest of a number over all processes, which must all come here."""
+    if size() == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
