@@ -212,6 +212,28 @@ def test_a_signal_lets_the_step_finish_and_keeps_it(settings, undisturbed, monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("measured", ["mean_probability", "mean_nll"])
+def test_a_signal_while_something_is_measured_keeps_the_step_too(settings, monkeypatch, tmp_path, measured):
+    """At the end of the first epoch, when the step itself has long been done."""
+    unseen = str(
+        write_rows(tmp_path / "unseen.jsonl", [{"question": "Who?", "answer": f"Nobody {i}."} for i in range(4)])
+    )
+    options = {"min_utility": 0.5} if measured == "mean_probability" else {"stop": "auto", "unseen": unseen}
+    real, calls = getattr(train_stage, measured), []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 2:  # after the start's own
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_stage, measured, signalled)
+        pipeline.forget(settings(checkpoint_every=0, **options))
+    step = STEPS // 2 if measured == "mean_probability" else 2
+    assert [p.name for p in (tmp_path / ".run.partial" / "checkpoints").iterdir()] == [f"step-{step:06d}"]
+
+
 @pytest.mark.fault(
     "a second signal, while the checkpoint is written",
     "P6",
@@ -326,10 +348,33 @@ def test_damaged_empty_and_foreign_checkpoints(again, injected):
     artifacts.write_json(folder / "step-000006" / "state.json", state)
     artifacts.write_manifest(folder / "step-000006")
     lines, found = go()
-    warnings = [line for line in lines if "damaged" in line]
+    warnings = [line for line in lines if "going back" in line]
     assert [f"step-00000{n}" in line for n, line in zip((6, 5, 4, 2), warnings, strict=True)] == [True] * 4
+    assert [": damaged (" in line for line in warnings] == [False, True, True, True]
     assert "another run's" in warnings[0] and "resumed" not in found.summary
     injected(4)
+
+
+def test_a_whole_checkpoint_that_does_not_fit_stays_while_others_are_written(again, monkeypatch):
+    """Until training comes to its step; it may be of settings to which one goes back."""
+    partial, go = again
+    folder = partial / "checkpoints"
+    state = folder / "step-000004" / checkpoint.STATE
+    artifacts.write_json(state, artifacts.read_json(state) | {"run": "0000"})
+    artifacts.write_manifest(state.parent)
+    shutil.copytree(folder / "step-000004", folder / "step-000005")
+    kept = artifacts.sha256(state)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=2)
+        go(checkpoint_every=1)
+    assert sorted(p.name for p in folder.iterdir()) == [f"step-00000{n}" for n in (2, 3, 4, 5)]
+    assert artifacts.sha256(state) == kept
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=2)
+        go(checkpoint_every=1)
+    assert sorted(p.name for p in folder.iterdir()) == [f"step-00000{n}" for n in (3, 4, 5)]
+    assert artifacts.sha256(state) != kept
+    assert go()[1].summary["resumed"] == [{"stage": "train", "step": 4}]
 
 
 def without(key):
@@ -365,7 +410,7 @@ def test_a_checkpoint_of_another_kind(again, change, before):
     if not before:
         shutil.rmtree(folder / "step-000002")
     lines, found = go()
-    assert any("step-000004: damaged" in line for line in lines)
+    assert any("step-000004: does not fit" in line for line in lines)
     assert found.summary.get("resumed") == ([{"stage": "train", "step": 2}] if before else None)
 
 
@@ -485,6 +530,35 @@ def test_a_change_that_is_allowed_is_used_and_recorded(interrupted, tmp_path):
     rates = [line["lr"] for line in log_of(found.folder)]
     assert rates[:4] == [line["lr"] for line in expected[1]][:4]
     assert rates[4:] == pytest.approx([5 * line["lr"] for line in expected[1]][4:])
+
+
+def test_what_is_asked_for_only_when_resumed_begins_there(interrupted, tmp_path):
+    """Its checkpoint knows nothing of it and is used all the same; the start is that of the run."""
+    source, options, _ = interrupted
+    shutil.copytree(source, tmp_path / ".again.partial")
+    unseen = str(
+        write_rows(tmp_path / "unseen.jsonl", [{"question": "Who?", "answer": f"Nobody {i}."} for i in range(4)])
+    )
+    more = {"min_utility": 0.5, "stop": "auto", "unseen": unseen, "allow_change": "min_utility,stop,unseen_rows"}
+    found = pipeline.forget(ForgetSettings(**options | more, out=str(tmp_path / "again"), resume=True)).summary
+    assert found["resumed"] == [{"stage": "train", "step": 4}]
+    assert [step for step, _ in found["utility"]["shares"]] == [0, STEPS]
+    assert [step for step, _ in found["stop"]["seen"]] == [STEPS]
+    anew = pipeline.forget(ForgetSettings(**options, min_utility=0.5, out=str(tmp_path / "anew"))).summary
+    assert found["utility"]["shares"][-1] == anew["utility"]["shares"][-1]
+
+
+@pytest.mark.parametrize(("floor", "kept"), [(0.7, 3), (0.9, 3), (0.96, 0)])
+def test_another_floor_when_resumed_hands_over_no_state_but_one_that_is_held(settings, monkeypatch, floor, kept):
+    """Shares .95, .8 and .1 after three epochs, interrupted after the second: only the first was held, for .9."""
+    values = iter([1.0, 0.95, 0.8, 1.0, 0.1])
+    monkeypatch.setattr(train_stage, "mean_probability", lambda *_: type("S", (), {"value": next(values)}))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=STEPS + 1)
+        pipeline.forget(settings(epochs=3, min_utility=0.9, checkpoint_every=STEPS))
+    changed = {"resume": True, "allow_change": "min_utility"} if floor != 0.9 else {"resume": True}
+    utility = pipeline.forget(settings(epochs=3, min_utility=floor, **changed)).summary["utility"]
+    assert (utility["kept"], utility["exported_step"]) == (kept > 0, kept or 3 * STEPS // 2)
 
 
 # --- other commands ---------------------------------------------------------------------------------------------------

@@ -338,7 +338,10 @@ def test_what_a_checkpoint_holds_is_all_that_a_step_changes():
         def begin(self, training):
             self.training = training
 
-        def after_step(self, training, record, stopping):
+        def due(self, step):
+            return False
+
+        def after_step(self, training, record):
             tensors = {name: t.clone() for name, t in training.tensors().items()}
             taken.append((tensors, training.numbers(), training.scheduler.get_last_lr()))
 
@@ -358,3 +361,16 @@ def test_what_a_checkpoint_holds_is_all_that_a_step_changes():
     with pytest.raises(KeyError):
         training = Training.begin(other, settings(), 4, 100)
         training.restore({}, taken[0][1])
+
+
+def test_a_state_from_a_machine_with_more_gpus_is_restored_and_one_with_fewer_too(monkeypatch):
+    """The random states of those that are in both."""
+    wrapped, *_ = prepared()
+    training, states, put = Training.begin(wrapped, settings(), 4, 100), {i: torch.tensor([i]) for i in range(3)}, {}
+    tensors = training.tensors() | {f"random|cuda:{i}": state for i, state in states.items()}
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put.update({device: state}))
+    for here, there in ((2, 3), (3, 3), (5, 3), (0, 3)):
+        put.clear()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
+        training.restore(tensors, training.numbers())
+        assert put == {i: states[i] for i in range(min(here, there))}

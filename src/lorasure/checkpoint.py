@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Utility:
     """How much of what must stay is still there: `measure()` is a score, higher is better, taken every `every` steps.
 
     `floor`: the least share of its value at the start. `shares`: [step, share of the start] of each measurement.
+    `best`: the step of the last state that was good enough, other than the start, and is held; 0: none.
     """
 
     measure: Callable[[], float]
@@ -37,6 +38,7 @@ class Utility:
     floor: float
     start: float = 0.0
     shares: list[list[float]] = field(default_factory=list)
+    best: int = field(default=0, kw_only=True)
 
     def take(self, step: int) -> bool:
         """Measure at a step; whether the state is good enough."""
@@ -45,10 +47,14 @@ class Utility:
         self.shares.append([step, value / self.start])
         return self.shares[-1][1] >= self.floor
 
-    @property
-    def good(self) -> list[int]:
-        """Steps, other than the start, at which enough was kept."""
-        return [int(step) for step, share in self.shares if step and share >= self.floor]
+    def continued(self, numbers: Mapping[str, Any]) -> Utility:
+        """As it was when a checkpoint's numbers were taken, if they say so. A state below today's floor is not held."""
+        if "shares" not in numbers:
+            return self
+        shares = [[int(step), float(share)] for step, share in numbers["shares"]]
+        best = int(numbers["best"])
+        best = best if dict(shares).get(best, 0.0) >= self.floor else 0
+        return replace(self, start=float(numbers["start"]), shares=shares, best=best)
 
 
 @dataclass
@@ -72,21 +78,23 @@ class Keeper:
     cost: float = 0.0
 
     def begin(self, training: Training) -> None:
-        """Continue from the newest checkpoint that is whole; the log is cut to it."""
-        for path in sorted((self.run / FOLDER).glob("step-*"), reverse=True):
-            if bad := self._restore(path, training):
-                self.note(f"{path}: damaged ({bad}); going back to the one before.")
-                shutil.rmtree(path)
-                continue
-            self.continued = training.done
-            self.note(f"train: continuing after step {training.done}.")
-            break
-        artifacts.write_text(self.run / artifacts.LOG, "".join(self.lines))
+        """Continue from the newest checkpoint that is whole and fits; the log is cut to it. A damaged one goes."""
         if self.utility and not self.utility.shares:
-            self.utility.take(0)
+            self.utility.take(0)  # now: a checkpoint does not know what was asked for later
+        for path in sorted((self.run / FOLDER).glob("step-*"), reverse=True):
+            if damaged := _damage(path):
+                self.note(f"{path}: damaged ({damaged}); going back to the one before.")
+                shutil.rmtree(path)
+            elif unfit := self._restore(path, training):
+                self.note(f"{path}: does not fit ({unfit}); it stays, going back to the one before.")
+            else:
+                self.continued = training.done
+                self.note(f"train: continuing after step {training.done}.")
+                break
+        artifacts.write_text(self.run / artifacts.LOG, "".join(self.lines))
 
-    def after_step(self, training: Training, record: dict[str, Any], *, stopping: bool) -> None:
-        """Log the step, see what is kept at the end of an epoch, and write a checkpoint when one is due."""
+    def after_step(self, training: Training, record: dict[str, Any]) -> None:
+        """Log the step, and see what is kept at the end of an epoch."""
         if self.level:
             record |= {"forget_weight": self.level.weights["forget"]}
         self.lines.append(json.dumps(record, allow_nan=False) + "\n")
@@ -94,37 +102,38 @@ class Keeper:
             log.write(self.lines[-1])
         if self.utility and training.done % self.utility.every == 0 and self.utility.take(training.done):
             training.best = {name: p.detach().clone() for name, p in training.parameters.items()}
+            self.utility.best = training.done
         if self.level:
             self.level.after_step(training.done)
-        if stopping or self._due(training.done):
-            self.save(training)
 
     @torch.no_grad()
     def finish(self, training: Training) -> None:
         """Put the last parameters back that were good enough, if these were not the last of all."""
-        if self.utility and self.utility.good and self.utility.good[-1] != training.done:
+        if self.utility and self.utility.best not in (0, training.done):
             for name, p in training.parameters.items():
                 p.copy_(training.best[name])
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint and remove all but the newest."""
+        """Write a checkpoint and remove all but the newest of those until here."""
         began = time.monotonic()
         path = self.run / FOLDER / f"step-{training.done:06d}"
+        shutil.rmtree(path, ignore_errors=True)  # one that did not fit
         with artifacts.sealed_folder(path) as folder:
             artifacts.write_tensors(folder / TENSORS, training.tensors(), {})
             artifacts.write_text(folder / artifacts.LOG, "".join(self.lines))
             numbers = training.numbers() | {"run": self._run_id()}
             if self.utility:
-                numbers |= {"start": self.utility.start, "shares": self.utility.shares}
+                numbers |= {"start": self.utility.start, "shares": self.utility.shares, "best": self.utility.best}
             if self.level:
                 numbers |= {"seen": self.level.seen}
             artifacts.write_json(folder / STATE, numbers)
-        for old in sorted((self.run / FOLDER).glob("step-*"))[:-KEPT]:
+        for old in sorted(p for p in path.parent.glob("step-*") if p.name <= path.name)[:-KEPT]:
             shutil.rmtree(old)
         self.saved = time.monotonic()
         self.cost = self.saved - began
 
-    def _due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint."""
         if self.every is None:
             return time.monotonic() - self.saved > max(SECONDS_APART, self.cost / TIME_SHARE)
         return self.every > 0 and step % self.every == 0
@@ -134,27 +143,34 @@ class Keeper:
             return artifacts.read_json(self.run / artifacts.IDENTITY)["run"]
 
     def _restore(self, path: Path, training: Training) -> str:
-        """Continue from one checkpoint; or what is wrong with it, and then nothing has changed."""
+        """Continue from a checkpoint that is whole; or why it does not fit, and then nothing has changed.
+
+        What it does not hold was not asked for when it was written, and begins now.
+        """
         try:
-            if bad := artifacts.differences(path):
-                return ", ".join(bad)
             numbers = artifacts.read_json(path / STATE)
             tensors, _ = artifacts.read_tensors(path / TENSORS)
             with artifacts.as_written(path):
                 lines = (path / artifacts.LOG).read_text(encoding="utf-8").splitlines(keepends=True)
                 if numbers["run"] != self._run_id():
                     return "it is another run's"
-                seen = list(numbers["seen"]) if self.level else []
-                kept = (float(numbers["start"]), list(numbers["shares"])) if self.utility else None
+                seen = [[int(step), float(nll)] for step, nll in numbers.get("seen", ())]
+                utility = self.utility and self.utility.continued(numbers)
                 training.restore(tensors, numbers)
         except (DataError, RuntimeError) as error:
             return str(error)
-        self.lines = lines
-        if self.utility and kept:
-            self.utility.start, self.utility.shares = kept
+        self.lines, self.utility = lines, utility
         if self.level:
             self.level.restore(seen)
         return ""
+
+
+def _damage(path: Path) -> str:
+    """What is not as a checkpoint's manifest says; nothing if it is whole."""
+    try:
+        return ", ".join(artifacts.differences(path))
+    except DataError as error:
+        return str(error)
 
 
 def remove_checkpoints(run: Path) -> None:

@@ -99,9 +99,9 @@ class Training:
         version, values, gauss = numbers["random"]
         random.setstate((version, tuple(values), gauss))
         torch.set_rng_state(tensors["random|cpu"])
-        for key in tensors:
-            if key.startswith("random|cuda") and torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensors[key], int(key.rpartition(":")[2]))
+        for i in range(torch.cuda.device_count()):  # those that are here and were there
+            if (key := f"random|cuda:{i}") in tensors:
+                torch.cuda.set_rng_state(tensors[key], i)
         for name, p in self.parameters.items():
             if tensors[f"parameter|{name}"].shape != p.shape:
                 raise ValueError(f"{name} has another shape")
@@ -168,8 +168,11 @@ def fit(
             record = step_of(step)
             over = on_step and on_step(record)
             if keeper:
-                keeper.after_step(training, record, stopping=asked() is not None)
-            if stop := asked():
+                keeper.after_step(training, record)
+            stop = asked()  # once, after all that takes long: what is raised is what the step was kept for
+            if keeper and (stop or keeper.due(training.done)):
+                keeper.save(training)
+            if stop:
                 raise stop
             if over:
                 break

@@ -182,7 +182,7 @@ def _account(bench: Workbench, keeper: Keeper, used: Collection[int], summary: d
             "rows": min(left or len(used), UTILITY_ROWS),
             "held_out": left > 0,
             "shares": utility.shares,
-            "kept": bool(utility.good),
-            "exported_step": utility.good[-1] if utility.good else utility.shares[-1][0],
+            "kept": bool(utility.best),
+            "exported_step": utility.best or utility.shares[-1][0],
         }
     return found
