@@ -61,7 +61,7 @@ SIZES = ("width", "vocabulary", "rank", "length")
 BARS = [
     Bar("importance, one pass", "published", 8, _ratio("importance", "published")),
     Bar("importance, one pass", "typical", 1.1, _ratio("importance", "typical")),
-    Bar("importance as published, ten passes", "published", 80, lambda r: 10 * _ratio("importance", "published")(r)),
+    Bar("importance as published, ten times that pass", "published", 80, lambda r: 10 * _ratio("importance", "published")(r)),
     Bar("importance of all weights, one pass", "published", 5, _ratio("importance_full", "published")),
     Bar("initialisation", "published", None, _ratio("init", "published")),
     Bar("initialisation", "typical", None, _ratio("init", "typical")),
@@ -141,8 +141,9 @@ def _footnote(results: Results) -> str:
     if ours:
         share = f" Importance runs at {ours['tokens_per_second']:.0f} tokens/s, {ours['share_of_rate']:.0%} of the "
         share += f"machine's matrix products ({results['rate'] / 1e9:.0f} billion operations per second)."
+    summed = " The published scripts' whole run is the sum of their timed parts." if "run" in results else ""
     return (
         f"Times faster, median [lowest, highest] of alternating rounds; {work['title']}, {work['rows']} rows, "
         f"{work['tokens']} tokens; {about['machine']}, {about['threads']} threads{quiet}; torch "
-        f"{about['versions']['torch']}, transformers {about['versions']['transformers']}.{share}"
+        f"{about['versions']['torch']}, transformers {about['versions']['transformers']}.{summed}{share}"
     )
