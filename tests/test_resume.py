@@ -21,6 +21,7 @@ from lorasure import (
     finetune,
     folders,
     lora,
+    models,
     pipeline,
     stages,
     train,
@@ -511,6 +512,25 @@ def test_changed_settings_rows_weights_and_versions_are_refused(again, interrupt
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("kind", ["forget", "finetune", "finetune all"])
+def test_a_dtype_that_auto_takes_elsewhere_is_a_change(files, tmp_path, monkeypatch, kind):
+    """Begun where auto is float32, continued where it is bfloat16. All weights are fine-tuned in float32 anywhere."""
+    command, make = (pipeline.forget, ForgetSettings) if kind == "forget" else (finetune.finetune, FinetuneSettings)
+    data = files | COMMON if kind == "forget" else {"model": files["model"], "data": files["retain"], "batch_size": 2}
+    settings = data | {"out": str(tmp_path / "run")} | ({"rank": 2} if kind == "finetune" else {})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=2)
+        command(make(**settings, checkpoint_every=1))
+    real = models.pick_dtype
+    for module in (workbench, finetune):
+        monkeypatch.setattr(module, "pick_dtype", lambda name, _: real(name.replace("auto", "bfloat16"), None))
+    if kind != "finetune all":
+        with pytest.raises(UsageError, match=r"\(dtype: float32 -> bfloat16\)"):
+            command(make(**settings, resume=True))
+        settings["dtype"] = "float32"  # what it was, by its name
+    command(make(**settings, resume=True))
+
+
 def test_moved_data_and_model_are_the_same_run(again, interrupted, tmp_path):
     options = interrupted[1]
     shutil.copytree(options["model"], tmp_path / "moved")
@@ -786,9 +806,16 @@ def test_fine_tuning_keeps_account_of_its_guards(files, tmp_path, monkeypatch):
     assert (account["steps"], account["resumed_after"], account["kind"]) == (4, 3, "finetune")
     assert account["base"]["files"] and account["settings"]["data"] == files["retain"]
     artifacts.check_run(tuned, artifacts.FINETUNED, artifacts.DATA)
-    artifacts.write_json(tuned / artifacts.FINETUNED, [])
+
+
+def test_an_account_that_is_none_is_refused_when_fine_tuning_continues(files, tmp_path, monkeypatch):
+    settings = {"model": files["model"], "data": files["retain"], "epochs": 1, "out": str(tmp_path / "tuned")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=2)
+        finetune.finetune(FinetuneSettings(**settings, batch_size=3, checkpoint_every=1))
+    artifacts.write_json(tmp_path / ".tuned.partial" / artifacts.FINETUNED, [])
     with pytest.raises(DataError, match="not what this program writes there"):
-        finetune._Account(tuned, Reporter(quiet=True), {})
+        finetune.finetune(FinetuneSettings(**settings, batch_size=3, resume=True))
 
 
 # --- determinism ------------------------------------------------------------------------------------------------------

@@ -51,10 +51,9 @@ class Utility:
         """As it was when a checkpoint's numbers were taken, if they say so. A state below today's floor is not held."""
         if "shares" not in numbers:
             return self
-        shares = [[int(step), float(share)] for step, share in numbers["shares"]]
-        best = int(numbers["best"])
-        best = best if dict(shares).get(best, 0.0) >= self.floor else 0
-        return replace(self, start=float(numbers["start"]), shares=shares, best=best)
+        shares, best = [[int(step), float(share)] for step, share in numbers["shares"]], int(numbers["best"])
+        enough = any(step == best and share >= self.floor for step, share in shares)
+        return replace(self, start=float(numbers["start"]), shares=shares, best=best if enough else 0)
 
 
 @dataclass

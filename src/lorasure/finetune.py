@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from .config import PER_CALL, FinetuneSettings
 from .data.load import load_data
 from .errors import UsageError
 from .init.apply import INITS, Evidence, Request, initialise
-from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .memory import note_guard
+from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .objective import learn, learn_steps
 from .progress import Reporter
 from .registry import lookup
@@ -50,43 +53,27 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     budget = pick_token_budget(settings.tokens_per_batch, device)
     about = data.about()
     base = fingerprint(model, settings.model)
-    own = identity(settings, {"data": about["sha256"]}, base["files"])
+    own = identity(replace(settings, dtype=dtype_name(dtype)), {"data": about["sha256"]}, base["files"])
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
     with folders.resumable_folder(out, own, allow_change=allowed_changes(settings), **options) as folder:
         kept = {name: value for name, value in settings.located().items() if name not in PER_CALL}
         artifacts.write_yaml(folder / artifacts.CONFIG, kept)
         artifacts.write_json(folder / artifacts.DATA, {"data": about})
-        account = _Account(folder, reporter, {"base": base, "settings": kept})
+        account = folder / artifacts.FINETUNED
+        with artifacts.as_written(account):
+            guards = list(artifacts.read_json(account)["guards"]) if account.is_file() else []
+        artifacts.write_json(account, {"kind": "finetune", "base": base, "settings": kept, "guards": guards})
         keeper = Keeper(folder, settings.checkpoint_every, reporter.note)
-        options = {"token_budget": budget, "on_guard": account.fired}
+        options = {"token_budget": budget, "on_guard": partial(note_guard, reporter, account)}
         logged_fit(keeper, reporter, trained, steps, learn, settings, **options)
         with reporter.stage("save"):
             saved = lora.merge(trained) if settings.rank else trained
             saved.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        account.write(steps=len(steps), resumed_after=keeper.continued, versions=artifacts.versions())
+        more = {"steps": len(steps), "resumed_after": keeper.continued, "versions": artifacts.versions()}
+        artifacts.write_json(account, artifacts.read_json(account) | more)
         remove_checkpoints(folder)
     return out
-
-
-class _Account:
-    """finetune.json: what was trained on what, and the guards that fired, also before an interruption."""
-
-    def __init__(self, folder: Path, reporter: Reporter, about: dict[str, Any]) -> None:
-        self.path, self.reporter = folder / artifacts.FINETUNED, reporter
-        with artifacts.as_written(self.path):
-            guards = list(artifacts.read_json(self.path)["guards"]) if self.path.is_file() else []
-        self.about = {"kind": "finetune", **about, "guards": guards}
-        self.write()
-
-    def write(self, **more: Any) -> None:
-        self.about |= more
-        artifacts.write_json(self.path, self.about)
-
-    def fired(self, guard: dict[str, Any]) -> None:
-        """Say that a guard has acted, and keep it at once."""
-        self.reporter.note(", ".join(f"{key}: {value}" for key, value in guard.items()))
-        self.write(guards=[*self.about["guards"], guard])
 
 
 def trainable(model: Any, rank: int | None, alpha: float, seed: int) -> Any:

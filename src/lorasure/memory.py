@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from . import processes
+from . import artifacts, processes
 from .data.examples import micro_batches
 from .errors import ResourceError
+from .progress import Reporter
 
 Result = TypeVar("Result")
 Fired = Callable[[dict[str, Any]], None]
@@ -50,3 +52,11 @@ def within_memory(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; torch has no class of its own for that on a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't" in str(error)
+
+
+def note_guard(reporter: Reporter, account: Path | None, guard: Mapping[str, Any]) -> None:
+    """Say that a guard has acted, and add it to the `account` at once, a JSON file with a list of guards."""
+    reporter.note(", ".join(f"{key}: {value}" for key, value in guard.items()))
+    if account:
+        found = artifacts.read_json(account)
+        artifacts.write_json(account, found | {"guards": [*found["guards"], guard]})

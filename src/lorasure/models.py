@@ -58,6 +58,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return lookup(DTYPES, name, "--dtype")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name in DTYPES."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_token_budget(tokens: int | None, device: torch.device) -> int:
     """Padded tokens per pass.
 

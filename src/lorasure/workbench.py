@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from .init.low_rank import SOLVERS, SPLITS
 from .losses.bigrams import Bigrams
 from .losses.forget import FORGET_LOSSES, LossFunction, bind, needs
 from .losses.retain import RETAIN_LOSSES
-from .memory import Result, within_memory
+from .memory import Result, note_guard, within_memory
 from .model_files import check_model_folder
 from .models import (
     check_quantize,
+    dtype_name,
     fingerprint,
     load_model,
     load_tokenizer,
@@ -68,10 +69,7 @@ class Workbench:
 
     def fired(self, guard: dict[str, Any]) -> None:
         """Say that a guard has acted, and add it to the run's summary at once."""
-        self.reporter.note(", ".join(f"{key}: {value}" for key, value in guard.items()))
-        if self.run:
-            summary = artifacts.read_json(self.run / artifacts.SUMMARY)
-            artifacts.write_json(self.run / artifacts.SUMMARY, summary | {"guards": [*summary["guards"], guard]})
+        note_guard(self.reporter, self.run and self.run / artifacts.SUMMARY, guard)
 
     def within_memory(self, attempt: Callable[..., Result], examples: Sequence[Example], what: str) -> Result:
         """`attempt(token_budget=...)` over examples, in smaller passes when memory runs out."""
@@ -187,7 +185,7 @@ class Workbench:
             "retain rows": len(self.measured_retain),
             "template": forget.encoded.template,
             "max length": s.max_length,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
         }
 
     @cached_property
@@ -200,16 +198,19 @@ class Workbench:
         """Of the retain answers."""
         return Bigrams.of(self.data[1].examples, self.model.config.get_text_config().vocab_size, self.device)
 
+    @cached_property
+    def refusals(self) -> Sequence[Example]:
+        """The forget rows with an answer that says nothing."""
+        rows = refusal_rows(self.data[0].read.rows, seed=self.settings.seed)
+        return encode_rows(rows, self.settings, self.tokenizer).examples
+
     def objective(self) -> ForgetObjective:
-        """The forget and retain loss over the data, refusals included where the loss wants them."""
-        s, (forget, retain) = self.settings, self.data
-        function, retain_function = loss_functions(s)
+        """The forget and retain loss over the data, with what the forget loss wants besides."""
+        forget, retain = self.data
+        function, retain_function = loss_functions(self.settings)
         bigrams = self.bigrams if "bigrams" in needs(function) else None
-        objective = ForgetObjective(forget.examples, retain.examples, (), function, retain_function, bigrams)
-        if "refusals" in objective.inputs:
-            refusals = encode_rows(refusal_rows(forget.read.rows, seed=s.seed), s, self.tokenizer)
-            objective = replace(objective, refusals=refusals.examples)
-        return objective
+        refusals = self.refusals if "refusals" in needs(function) else ()
+        return ForgetObjective(forget.examples, retain.examples, refusals, function, retain_function, bigrams)
 
 
 def _patterns(text: str) -> list[str]:
@@ -280,21 +281,20 @@ def identity(settings: OutSettings, rows: Mapping[str, str], weights: Any) -> di
     """All that a result depends on, flat, under the names that --allow-change takes: for `folders.resumable_folder`.
 
     Paths are left out: `rows` (set -> sha256) and `weights` (the base's files) say what is in them. Of a library's
-    version, the major number, or 0.minor.
+    version, the major number, or 0.minor; of --dtype auto, what it is here.
     """
     paths = {f.name for f in fields(settings) if f.metadata.get("path")}
     own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
+    own["dtype"] = dtype_name(pick_dtype(own["dtype"], pick_device(own["device"])))
     digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
     versions = {f"{name}_version": _major(version) for name, version in artifacts.versions().items()}
     return own | {f"{name}_rows": value for name, value in rows.items()} | {"weights": digest} | versions
 
 
 def _major(version: str) -> str:
-    first, second, *_ = version.split(".")
-    return first if first != "0" else f"0.{second}"
+    return ".".join(version.split(".")[: 1 + version.startswith("0.")])
 
 
 def allowed_changes(settings: OutSettings) -> list[str]:
     """The names in --allow-change, as flags or as settings."""
-    names = (name.strip().lstrip("-").replace("-", "_") for name in settings.allow_change.split(","))
-    return [name for name in names if name]
+    return [name for part in settings.allow_change.split(",") if (name := part.strip().lstrip("-").replace("-", "_"))]
