@@ -250,6 +250,17 @@ def test_settings_that_do_not_exist_are_refused(changes: dict, message: str) -> 
         measure.measure(model, all_sites(model), EXAMPLES, EXAMPLES, **settings)
 
 
+def test_the_variance_of_one_row_is_refused_and_its_square_is_not() -> None:
+    model = build("llama")
+    sites = all_sites(model)[:1]
+    settings = {"probe": LORA, "token_budget": 30}
+    with pytest.raises(UsageError, match=r"--score variance needs 2 rows of each set, it has 1 of the retain set"):
+        measure.measure(model, sites, EXAMPLES, EXAMPLES[:1], score="variance", **settings)
+    found = measure.measure(model, sites, EXAMPLES, EXAMPLES[:1], score="fisher", **settings)
+    with pytest.raises(UsageError, match="needs 2 rows"):
+        dataclasses.replace(found, score="variance")
+
+
 def test_values_that_are_not_finite_are_named_by_row_or_site() -> None:
     model = tiny_llama()
     sites = find_sites(model, ["v_proj"])

@@ -29,17 +29,21 @@ def by_hand(x, y, weight, bias, a, b, a0, b0, scaling):
     return y + scaling * (extra if a0 is None else extra + x @ a0[0].T @ b0[..., 0].T)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1)], ids=["as it comes", "swapped", "by feature"])
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("own", [True, False], ids=["its own product", "an output given"])
-def test_values_and_slopes(own: bool, tail: bool) -> None:
+def test_values_and_slopes_however_they_lie_in_memory(own: bool, tail: bool, order: tuple[int, ...]) -> None:
     x, y, weight, bias, a, b, a0, b0 = tensors()
+    back = sorted(range(3), key=order.__getitem__)
+    x, y = (tensor.permute(order).contiguous().permute(back) for tensor in (x, y))
+    assert x.is_contiguous() == y.is_contiguous() == (order == (0, 1, 2))
     leaves = [x, a, b] if own else [x, a, b, y]
 
     def whole(function, x, a, b, y=None):
         rest = (weight, bias) if own else (None, None)
         return function(x, y, *rest, a, b, *((a0, b0) if tail else (None, None)), 1.7)
 
-    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]  # a clone lies as it did
     torch.testing.assert_close(whole(LoraProduct.apply, *leaves), whole(by_hand, *leaves))
     assert torch.autograd.gradcheck(lambda *leaves: whole(LoraProduct.apply, *leaves), leaves)
 

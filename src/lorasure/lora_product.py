@@ -51,7 +51,7 @@ class LoraProduct(torch.autograd.Function):
         if y is None:
             assert weight is not None
             return _add(linear(x, weight, bias), inner, b.T, scaling)
-        return _add(y.clone(), inner, b.T, scaling)
+        return _add(y.clone(memory_format=torch.contiguous_format), inner, b.T, scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,7 +62,7 @@ class LoraProduct(torch.autograd.Function):
         d_x = d_a = d_b = None
         back = (d @ b).mul_(ctx.scaling)
         if to_x:
-            d_x = torch.zeros_like(x) if weight is None else gradients[0] @ weight
+            d_x = x.new_zeros(x.shape) if weight is None else gradients[0] @ weight
             d_x = _add(d_x, back, a, 1.0)
         if to_a:
             by_b = back.unflatten(1, (-1, ctx.rank)).sum(1)  # d (B - B0) + d B0
@@ -79,10 +79,11 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _add(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """total + scaling x left @ right, in place, rounded once to the total's dtype."""
+    rows = total.view(-1, total.shape[-1])  # never a copy, which would be added to in vain
     if total.dtype == left.dtype:
-        _rows(total).addmm_(left, right, alpha=scaling)
+        rows.addmm_(left, right, alpha=scaling)
     else:
-        _rows(total).add_(left @ right, alpha=scaling)
+        rows.add_(left @ right, alpha=scaling)
     return total
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import artifacts
 from ..data.examples import Example
-from ..errors import DataError, NumericError
+from ..errors import DataError, NumericError, UsageError
 from ..forward import Progress
 from ..registry import lookup
 from ..sites import Site
@@ -48,6 +48,16 @@ class Importance:
     retain: SetMoments
     floor: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        least = SCORES[self.score].least if self.floor is None else 1  # the published sums are of the whole set
+        for name, measured in (("forget", self.forget), ("retain", self.retain)):
+            count = min((m.count for factors in measured.values() for m in factors.values()), default=least)
+            if count < least:
+                raise UsageError(
+                    f"--score {self.score} needs {least} rows of each set, it has {count} of the {name} set. "
+                    "Try --score fisher, or a start that measures no importance (--init contrast --coverage 1)."
+                )
 
     def weights(self, site: Site, device: torch.device | None = None) -> Weights:
         """Row, column and block weights of one site, computed on `device` (default: where its moments are)."""

@@ -20,12 +20,15 @@ ROWS_PER_BLOCK = 1024
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How moments become a non-negative score per entry. `quadratic`: it scales with g^2, so sketches estimate it."""
+    """How moments become a non-negative score per entry. `quadratic`: it scales with g^2, so sketches estimate it.
+    `least`: examples of each set below which it says nothing.
+    """
 
     title: str
     paper: str
     function: Callable[[Moments], Tensor]
     quadratic: bool
+    least: int = 1
 
 
 SCORES: dict[str, ScoreRule] = {
@@ -33,7 +36,7 @@ SCORES: dict[str, ScoreRule] = {
         "E[g^2], the Fisher information of FILA", "https://arxiv.org/abs/2408.06621", lambda m: m.second, True
     ),
     "variance": ScoreRule(
-        "E[g^2] - E[g]^2, VILA's correction", "https://arxiv.org/abs/2508.21300", lambda m: m.variance, True
+        "E[g^2] - E[g]^2, VILA's correction", "https://arxiv.org/abs/2508.21300", lambda m: m.variance, True, least=2
     ),
     # The paper names the next two (ExpILA, AbsILA) and gives no formula: these are our readings of the names.
     "expectation": ScoreRule("E[g]^2 (ExpILA)", "https://arxiv.org/abs/2508.21300", lambda m: m.mean.square(), True),
