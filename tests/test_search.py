@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conftest import write_rows
-from lorasure import artifacts, checkpoint, cli, folders, stages, train
-from lorasure.errors import DataError, UsageError
+from lorasure import artifacts, checkpoint, cli, folders, lora, stages, train
+from lorasure.errors import DataError, ResourceError, UsageError
 from lorasure.progress import Reporter
 from lorasure.search import search as command
 from lorasure.search.measure import Measure
@@ -180,6 +182,41 @@ def test_a_stopped_or_diverged_trial_leaves_the_shared_model_too(spec, out, monk
     monkeypatch.undo()
     result, _ = bench.run(Trial("plain", 1, {"lr": 0.01, "max_grad_growth": 1.0001}))
     assert result["state"] == "stopped" and "gradient" in result["reason"] and state_of(bench.bench.model) == before
+
+
+def test_a_trial_that_cannot_be_run_is_stopped_with_its_reason(spec, out, monkeypatch):
+    bench = runner(spec(utility_floor=0.9), out)
+    before = state_of(bench.bench.model)
+    result, value = bench.run(Trial("plain", 0, {"lr": 0.01, "rank": 24}))
+    assert result["state"] == "stopped" and "--rank must be in [1, 8]" in result["reason"] and value == 1.9
+    bounds = [(ResourceError("train: out of memory with a single row of 9 tokens."), "train: out of memory with a")]
+    bounds += [(MemoryError("which?"), "out of memory"), (torch.OutOfMemoryError("CUDA: all of it"), "out of memory")]
+    for number, (error, said) in enumerate(bounds):
+        with monkeypatch.context() as patch:
+            patch.setattr(lora, "_place", lambda *_, error=error: (_ for _ in ()).throw(error))
+            result, value = bench.run(Trial("plain", number, {"lr": 0.01}))
+        assert result["state"] == "stopped" and result["reason"].startswith(said) and value == 1.9
+        assert state_of(bench.bench.model) == before
+    assert bench.run(Trial("plain", 4, {"lr": 0.01}))[0]["state"] == "complete"
+    monkeypatch.setattr(lora, "_place", lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake")))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        bench.run(Trial("plain", 5, {"lr": 0.01}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ranges": {"rank": {"low": 2, "high": 24}}}, "methods: plain: --rank must be in [1, 8]"),
+        ({"methods": METHODS | {"wide": {"rank": 24}}}, "methods: wide: --rank must be in [1, 8]"),
+        ({"methods": {"a": {"ranges": {"rank": [2, 16], "targets": ["q_proj", "v_proj"]}}}}, "methods: a: --rank"),
+        ({"ranges": {"stop": [None, "auto"]}}, "methods: plain: --stop auto: the rows of"),
+    ],
+    ids=["rank", "method", "layer", "stop"],
+)
+def test_what_may_be_drawn_must_fit_the_model_and_the_data(spec, out, changes, said):
+    with pytest.raises((UsageError, DataError), match=re.escape(said)):
+        search(spec(**changes), SearchSettings(out=str(out)))
+    assert not out.exists()
 
 
 def test_methods_below_the_floor_have_no_best_run(spec, out, capsys, monkeypatch):

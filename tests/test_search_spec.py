@@ -84,6 +84,14 @@ def test_a_list_of_methods_names_initialisations(tmp_path):
         ({"ranges": {"solver": {"low": 1, "high": 2}}}, "ranges: solver: is no number"),
         ({"ranges": {"model": ["a", "b"]}}, "ranges: Unknown key 'model'"),
         ({"ranges": {"solver": ["rows", "colums"]}}, "Unknown --solver 'colums'"),
+        (
+            {"ranges": {"loss": ["bga", "npo"], "delta": [None, 1.0]}},
+            "methods: plain: where ranges meet: delta is not a setting of 'npo'",
+        ),
+        (
+            {"methods": {"a": {"ranges": {"init": ["vila", "sketch"], "score": ["variance", "absolute"]}}}},
+            "methods: a: where ranges meet: --score absolute",
+        ),
         ({"evaluation": {"suite": "muse"}}, "evaluation: suite: Unknown suite 'muse'. Choose one of: own, tofu."),
         ({"evaluation": {"generate": True}}, "evaluation: Unknown key 'generate'"),
     ],
@@ -96,6 +104,14 @@ def test_every_mistake_is_one_line_with_file_and_key(tmp_path, changes, said):
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     assert said in message
+
+
+def test_of_very_many_combinations_every_value_is_checked_and_some_meet(tmp_path):
+    many = {name: [i / 100 for i in range(1, 30)] for name in ("balance", "warmup", "coverage", "lambda")}
+    method = {"init": "vila", "ranges": many}
+    assert len(read_spec(written(tmp_path, methods={"a": method})).methods["a"].ranges) == 5
+    with pytest.raises(UsageError, match="--balance must be at most 1"):
+        read_spec(written(tmp_path, methods={"a": method | {"ranges": many | {"balance": [0.1, 2.0]}}}))
 
 
 def test_what_is_no_spec_is_refused(tmp_path):

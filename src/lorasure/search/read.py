@@ -18,7 +18,7 @@ from ..evaluate.settings import EvaluateSettings
 from ..flags import WANTED
 from ..registry import lookup
 from ..workbench import check_names
-from .spec import FIELDS, Method, Range, Spec
+from .spec import FIELDS, Method, Range, Spec, corners
 
 KEYS = ("settings", "methods", "ranges", "trials", "sampler", "seed", "utility_floor", "evaluation", "reference")
 EVALUATION = ("suite", "data", "split", "forget", "retain", "max_rows")
@@ -34,6 +34,7 @@ OF_METHOD = [
     if f.name not in PER_CALL and not f.metadata.get("path")
 ]
 OF_METHOD = [*dict.fromkeys(OF_METHOD), "export_scale", "seed"]
+MOST = 4096  # combinations of values that are checked: less than a second for each method
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # also a folder's
 
 
@@ -133,6 +134,8 @@ class _Reader:
         for key, r in ranges.items():
             for value in r.ends:
                 self.made(_checked, {**start, key: value, "out": "-"}, where)
+        for params in corners(ranges, MOST):
+            self.made(_checked, {**start, **params, "out": "-"}, f"{where}: where ranges meet")
         return Method(settings, ranges)
 
     def made(self, make: Callable[[dict[str, Any]], Any], values: dict[str, Any], where: str) -> Any:

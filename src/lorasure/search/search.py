@@ -45,6 +45,7 @@ def search(spec_path: Path, settings: SearchSettings, reporter: Reporter | None 
     folder = Path(settings.out)
     _check_folder(folder, settings.resume)
     runner = Runner(folder, spec, reporter, _device(spec, 0))
+    runner.check()
     _check_reference(spec, runner)
     _open(runner, settings.resume)
     if spec.evaluation.suite == "own" and spec.evaluation.retain == spec.base.retain:

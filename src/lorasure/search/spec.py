@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ class Range:
     def ends(self) -> tuple[Any, ...]:
         """The values that must be allowed for all to be."""
         return self.choices or (self.low, self.high)
+
+
+def corners(ranges: Mapping[str, Range], most: int) -> Iterator[dict[str, Any]]:
+    """The combinations of the ranges' ends, `most` of them at most."""
+    for values in islice(product(*(r.ends for r in ranges.values())), most):
+        yield dict(zip(ranges, values, strict=True))
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,24 @@ from typing import Any
 from .. import artifacts, lora, pipeline
 from ..checkpoint import Utility
 from ..config import ForgetSettings
-from ..errors import NumericError
+from ..errors import DataError, NumericError, ResourceError, UsageError
 from ..lock import queued
+from ..memory import is_out_of_memory
 from ..progress import Reporter
 from ..stages import measure_importance
 from ..train_stage import train_adapter
 from ..workbench import Workbench
 from .choose import COMPLETE, objective
 from .measure import Measure
-from .spec import Spec
+from .spec import Spec, corners
 from .study import LOCKS, STOPPED, Trial
 
 IMPORTANCE = "importance"
 # Utility dips while the learning rate is high and mostly comes back as that falls, so that on the way more may be lost
 # than in the end: this many times as much again at the start of the schedule, and none of it at the end.
 DIP = 4
+FITTED = ("rank", "targets", "exclude", "loss", "pairing", "stop")  # settings that must fit the model or the data
+MOST = 64  # combinations of them that are tried
 
 
 class Broken(Exception):
@@ -68,6 +71,15 @@ class Runner:
         self.measure = Measure(folder, spec, self.bench)
         self.bench.prepare()
 
+    def check(self) -> None:
+        """All that may be drawn goes with the model and the data. Raises UsageError or DataError, naming the method."""
+        for name, method in self.spec.methods.items():
+            for params in corners({key: r for key, r in method.ranges.items() if key in FITTED}, MOST):
+                try:
+                    self._workbench(replace(method.at(params, self.folder), device=self.device)).prepare()
+                except (UsageError, DataError) as error:
+                    raise type(error)(f"methods: {name}: {error}") from error
+
     def settings(self, trial: Trial, out: Path) -> ForgetSettings:
         """What `forget` is to be told to make this trial's adapter in `out`, with the shared importance."""
         settings = replace(self.spec.methods[trial.method].at(trial.params, out), device=self.device)
@@ -77,31 +89,42 @@ class Runner:
         return settings
 
     def run(self, trial: Trial) -> tuple[dict[str, Any], float]:
-        """(result, what is minimised) of a trial. What an interrupted one had finished is used when it is run again."""
+        """(result, what is minimised) of a trial. What an interrupted one had finished is used when it is run again.
+
+        One that cannot be run to its end is stopped as well: it would fail again, for whoever took it up.
+        """
         began = time.perf_counter()
+        level, floor = self.measure.original["level"], self.spec.utility_floor
+        attached: list[lora.PeftModel] = []
+        try:
+            result = self._result(trial, attached)
+            value = objective(result["scores"], level, floor)
+        except (Broken, NumericError, UsageError, ResourceError, MemoryError, RuntimeError) as error:
+            scarce = is_out_of_memory(error)
+            if isinstance(error, RuntimeError) and not scarce:
+                raise
+            if not attached:
+                self.bench.release_model()  # a part of an adapter may be on it
+            result = {"state": STOPPED, "reason": "out of memory" if scarce else str(error)}
+            value = 1 + floor - getattr(error, "share", 0.0)
+        finally:
+            for wrapped in attached:
+                wrapped.unload()
+        return result | {"seconds": round(time.perf_counter() - began, 3)}, value
+
+    def _result(self, trial: Trial, attached: list[lora.PeftModel]) -> dict[str, Any]:
+        """The scores of a trial that ends well; `attached`: see `_watch`."""
         run = self.folder / LOCKS / trial.name
         run.mkdir(mode=0o700, exist_ok=True)
         artifacts.remove_unfinished(run)
         artifacts.write_json(run / artifacts.IDENTITY, {"run": json.dumps(asdict(trial)), "changed": []})
         bench = self._workbench(self.settings(trial, run))
         pipeline.write_inputs(bench, run)
-        original, floor = self.measure.original, self.spec.utility_floor
-        attached: list[lora.PeftModel] = []
-        try:
-            start = pipeline.started(bench, run)
-            model = train_adapter(bench, run, start, self._watch(bench, attached))
-            model = lora.scaled(model, bench.settings.export_scale)
-            scores = self.measure.scores(model, self.measure.sets)
-            result = {"state": COMPLETE, "scores": self.measure.values(scores)}
-            result |= {"intervals": {name: [score["low"], score["high"]] for name, score in scores.items()}}
-            value = objective(result["scores"], original["level"], floor)
-        except (Broken, NumericError) as error:
-            result = {"state": STOPPED, "reason": str(error)}
-            value = 1 + floor - getattr(error, "share", 0.0)
-        finally:
-            for wrapped in attached:
-                wrapped.unload()
-        return result | {"seconds": round(time.perf_counter() - began, 3)}, value
+        model = train_adapter(bench, run, pipeline.started(bench, run), self._watch(bench, attached))
+        model = lora.scaled(model, bench.settings.export_scale)
+        scores = self.measure.scores(model, self.measure.sets)
+        intervals = {name: [score["low"], score["high"]] for name, score in scores.items()}
+        return {"state": COMPLETE, "scores": self.measure.values(scores), "intervals": intervals}
 
     def _workbench(self, settings: ForgetSettings) -> Workbench:
         bench = Workbench(settings)
