@@ -19,7 +19,7 @@ from lorasure.data.pairing import sample
 from lorasure.evaluate import attacks
 from lorasure.evaluate.attacks import ATTACKS, NotRun
 from lorasure.evaluate.items import Subject, items
-from lorasure.evaluate.prompts import given, prefixed, with_examples
+from lorasure.evaluate.prompts import asking, given, prefixed, with_examples
 from lorasure.evaluate.settings import AttackSettings
 from lorasure.evaluate.victim import AttackRows, Victim
 from lorasure.forward import answer_records
@@ -57,6 +57,13 @@ def texts(item, tokenizer):
     """What is given, and what is measured."""
     ids, start = list(item.example.input_ids), item.example.answer_start
     return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+
+
+CHAT = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+
+
+def said(text):
+    return {"role": "user", "content": text}
 
 
 # --- prompts
@@ -110,6 +117,31 @@ def test_examples_in_a_chat_are_turns_after_one_system_message():
     assert [m["role"] for m in found.messages] == ["system", "user", "assistant", "user"]
     found = with_examples(Row("Who?", "Me.", "f", 1), [Row("Q1", "A1", "r", 1)], None)
     assert [m["content"] for m in found.messages] == ["Q1", "A1", "Who?"]
+
+
+def test_another_question_takes_the_place_of_the_user_s_last():
+    system, asked, told = (
+        {"role": role, "content": text} for role, text in zip(("system", "user", "tool"), "SQT", strict=True)
+    )
+    for messages, expected in (
+        ((system, asked, {"role": "assistant", "content": "A"}, asked, told), ["S", "Q", "A", "P", "T"]),
+        ((system, asked), ["S", "P"]),
+        ((system,), ["P"]),
+    ):
+        found = asking(Row("", "Me.", "f", 1, "chat", messages), "P")
+        assert [m["content"] for m in found.messages] == expected and found.prompt == ""
+        assert [m["role"] for m in found.messages] == [m["role"] for m in messages]
+    assert asking(Row("Q", "A", "f", 1), "P") == Row("P", "A", "f", 1)
+
+
+def test_a_paraphrase_is_asked_in_a_chat_too(tokenizer, monkeypatch):
+    v = victim(tiny_llama(max_position_embeddings=256), tokenizer, generate_rows=0)
+    turns = [(Row("", row.answer, "data", row.line, "chat", (said(row.prompt),), extra=row.extra)) for row in v.scored]
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    chat = replace(v, rows=replace(v.rows, forget=tuple(turns), order=tuple(range(len(turns)))))
+    plain, changed = (ATTACKS[name].run(chat)[None]["probability"].value for name in ("none", "paraphrase"))
+    rows = [replace(row, messages=(said(row.extra["paraphrased_question"]),)) for row in turns]
+    assert changed == chat.measure(chat.plain, rows)["probability"].value != plain
 
 
 def test_rows_are_drawn_by_the_seed_and_the_tenth_is_not_scored_if_others_are_left():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ from ..train import fit
 from .collect import BLOCK, generate
 from .items import Generation, items
 from .metrics import mean_score
-from .prompts import PREFIX, given, prefixed, with_examples
+from .prompts import PREFIX, asking, given, prefixed, with_examples
 from .quantise import nf4, round_to_nearest
 from .rouge import rouge_l
 from .victim import Scores, Victim
@@ -61,7 +61,7 @@ def _prefix(victim: Victim) -> Points:
 
 def _paraphrase(victim: Victim) -> Points:
     asked = [(row, row.extra.get("paraphrased_question")) for row in _questions(victim)]
-    rows = [replace(row, prompt=text) for row, text in asked if isinstance(text, str) and text.strip()]
+    rows = [asking(row, text) for row, text in asked if isinstance(text, str) and text.strip()]
     if not rows:
         raise NotRun("the forget rows have no column 'paraphrased_question'")
     return {None: victim.measure(victim.plain, rows)}

@@ -28,6 +28,17 @@ def given(item: Item, count: int, tokenizer: Any) -> Item:
     return replace(item, example=replace(item.example, answer_start=start), answer=rest)
 
 
+def asking(row: Row, question: str) -> Row:
+    """The row with another question; of messages that is the user's last one, or the last where there is no user."""
+    if not row.messages:
+        return replace(row, prompt=question)
+    users = [i for i, message in enumerate(row.messages) if message["role"] == "user"]
+    changed = [*row.messages]
+    last = users[-1] if users else -1
+    changed[last] = changed[last] | {"content": question}
+    return replace(row, messages=tuple(changed))
+
+
 def with_examples(row: Row, shots: Sequence[Row], template: str | None) -> Row:
     """The row with answered rows of its kind in front, in the layout of the template; None: turns of a chat."""
     if row.kind == "chat" or (row.kind == "qa" and template is None):
