@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tofu_folder, write_rows
+from conftest import tiny_llama, tofu_folder, write_rows
 from lorasure.artifacts import sha256
 from lorasure.cli import main
 from lorasure.config import ModelSettings
@@ -363,5 +364,12 @@ def test_an_adapter_is_evaluated_on_its_run_s_data_and_compared_inside_with_the_
     assert about["adapter"]["sha256"] == sha256(run / "adapter" / "adapter_model.safetensors")
     summary = json.loads((run / "summary.json").read_text())
     assert found["forget_probability"]["value"] == pytest.approx(summary["after"]["forget"]["value"], rel=1e-5)
+    few = ["--adapter", str(run), "--max-rows", "2", *plain, str(tmp_path / "few")]
+    assert main(["evaluate", *base, *few]) == 0
+    assert json.loads(capsys.readouterr().out)["forget_cka_original"]["reason"].startswith("it takes 3 rows")
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    tiny_llama(seed=9).save_pretrained(other)
+    assert main(["evaluate", "--model", str(other), "--adapter", str(run), *plain, str(tmp_path / "none")]) == 3
+    assert f"--model {other}: not the weights that {run} was made with" in capsys.readouterr().err
     assert main(["evaluate", *base, "--adapter", str(tmp_path), *plain, str(tmp_path / "none")]) == 3
     assert "neither a run folder with an adapter nor a PEFT adapter" in capsys.readouterr().err

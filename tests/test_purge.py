@@ -83,6 +83,25 @@ def test_purge_removes_what_it_does_not_know_and_what_lies_beside(run, tmp_path)
     assert not (run / "records").exists() and not (tmp_path / ".run.partial").exists()
 
 
+def test_purge_does_not_seal_what_was_damaged_before(run, capfd):
+    for name in ("adapter/adapter_model.safetensors", "summary.json"):
+        written = (run / name).read_bytes()
+        (run / name).write_bytes(written[:-1] + b"!")
+        assert cli.main(["purge", str(run)]) == 3 and f"{name}: the file was changed" in capfd.readouterr().err
+        assert (run / "init.safetensors").exists()
+        (run / name).write_bytes(written)
+    assert cli.main(["purge", str(run)]) == 0
+
+
+def test_purge_leaves_models_alone(model_folder, data_files, tmp_path, capfd):
+    out = tmp_path / "model"
+    made = ["--model", str(model_folder), "--data", str(data_files[0]), "--out", str(out), "--epochs", "1"]
+    assert cli.main(["finetune", *made]) == 0
+    before = sorted(p.name for p in out.iterdir())
+    assert cli.main(["purge", str(out)]) == 3 and "a model, whose weights know its rows" in capfd.readouterr().err
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
 def test_a_purge_that_fails_changes_nothing(run, monkeypatch):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     monkeypatch.setattr(folders, "_swap", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -139,6 +139,8 @@ def test_promises_of_a_run_that_was_only_made(tmp_path):
         answers = [found[q].answer for q in ("Forgotten", "The rest kept", "Robust", "Removable")]
         assert answers == [forgotten, kept, "Not shown", "Yes"]
         assert found["Forgotten"].figures[1][1].startswith(f"{after[0]:.3f} [")
+    unknown = make_run(tmp_path / "c", before=(0.001, 0.9), after=(0.0, 0.9))
+    assert said(read_runs([unknown])[0])["Forgotten"].text == "The model hardly knew it before."
 
 
 @pytest.mark.parametrize(

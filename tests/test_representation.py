@@ -74,6 +74,8 @@ def test_what_is_undefined_is_said() -> None:
         cka(np.ones((5, 2)) * 0.1, X[:5])
     with pytest.raises(DataError, match="n of 3 at least"):
         cka(X[:2], Y[:2])
+    [few] = layer_similarity([X[:2]] * 3, [Y[:2]] * 3)
+    assert few.value is None and few.n == 2 and few.reason == "it takes 3 rows: two are always alike"
     with pytest.raises(DataError, match="as many rows in both, got 40 and 39"):
         cka(X, Y[1:])
     with pytest.raises(NumericError, match="finite"):

@@ -19,7 +19,7 @@ from .evaluate.attacks import ATTACKS, NotRun
 from .evaluate.gate import Line, check, parse_gate, verdict
 from .evaluate.settings import AttackSettings
 from .evaluate.victim import AttackRows, Victim
-from .evaluating import load_change, tokenizer_hash
+from .evaluating import check_base, load_change, tokenizer_hash
 from .finetune import trainable
 from .forward import base_of
 from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
@@ -171,10 +171,7 @@ class _Bench:
         s = victim.settings
         found = fingerprint(base_of(victim.plain.model), s.located()["model"])
         if victim.has_adapter:
-            with artifacts.as_written(self.run / artifacts.SUMMARY):
-                files = artifacts.read_json(self.run / artifacts.SUMMARY)["base"]["files"]
-            if found["files"] != files:
-                raise DataError(f"--model {s.model}: not the weights that {self.run} was made with.")
+            check_base(self.run, s.model, found)
             return found
         victim.release()
         own = load_tokenizer(s.model, s.revision, allow_pickle=s.allow_pickle)

@@ -91,6 +91,17 @@ def change_folder(given: str) -> Path:
     raise DataError(f"--adapter {given}: neither a run folder with an adapter nor a PEFT adapter.")
 
 
+def check_base(run: Path, model: str, base: Mapping[str, Any]) -> None:
+    """The fingerprint `base` of `model` is that of the run's own base; a folder that is no run says nothing of one."""
+    if not (run / artifacts.MANIFEST).is_file():
+        return
+    artifacts.check_run(run, artifacts.SUMMARY)
+    with artifacts.as_written(run / artifacts.SUMMARY):
+        files = artifacts.read_json(run / artifacts.SUMMARY)["base"]["files"]
+    if base["files"] != files:
+        raise DataError(f"--model {model}: not the weights that {run} was made with.")
+
+
 def load_change(model: Any, folder: Path, scale: float = 1.0) -> Any:
     """The base with what `change_folder` found, `scale` times."""
     if (folder / ABOUT_ASSISTANT).is_file():
@@ -108,6 +119,7 @@ def load_subject(settings: SuiteSettings) -> Subject:
     model: Any = load_model(settings.model, dtype=dtype, device=device, quantize=settings.quantize, **options)
     base = fingerprint(model, settings.located()["model"])  # before the adapter, whose parameters would be counted
     if adapter:
+        check_base(adapter.parent, settings.model, base)
         model = load_change(model, adapter)
     budget = pick_token_budget(settings.tokens_per_batch, device)
     return Subject(model, tokenizer, settings, budget, settings.keep_text, base)

@@ -177,7 +177,7 @@ def _work_folder(
         except BaseException as error:
             if not holds_progress(partial) or (fresh and isinstance(error, UsageError)):
                 _remove(partial)
-            else:
+            elif not isinstance(error, UsageError):  # the same command would be refused again
                 error.add_note(KEPT)
             raise
 

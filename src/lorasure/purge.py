@@ -20,11 +20,14 @@ def purge(run: Path) -> list[str]:
 
     Row hashes go from the text files among those. What an interrupted command left beside the run goes too. Returns the
     names of what was removed. The run takes its new form whole, or stays as it was; what is deleted may still be read
-    off the disk by other means.
+    off the disk by other means. DataError where a file that stays was changed, or the folder is a model of `finetune`.
     """
     recover(run)
     names = artifacts.read_manifest(run).keys()
+    if artifacts.FINETUNED in names:
+        raise DataError(f"{run}: a model, whose weights know its rows, not a run; delete the folder if it has to go.")
     stays = [name for name in names if name in STAYS or name.split("/")[0] in STAYS_IN]
+    artifacts.check_run(run, *stays)  # what was damaged before would be sealed by the new manifest
     hashes = _row_hashes(run)
     with folders.changed_run(run, stays, overwrite=True) as changed:
         for path in changed.rglob("*"):

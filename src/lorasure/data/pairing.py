@@ -82,7 +82,7 @@ def _modular(forget: Groups, retain: Groups, epoch: int, seed: int) -> Pairs:
     for group, rows in members[0].items():
         others = members[1].get(group)
         if others is None:
-            raise DataError(f"Modular pairing: no retain row has the group of forget row {rows[0] + 1}.")
+            raise DataError(f"--pairing modular: no retain row has the group of forget row {rows[0] + 1}.")
         partner |= {i: others[(epoch * len(rows) + j) % len(others)] for j, i in enumerate(rows)}
     return sorted(partner.items())
 
@@ -92,7 +92,8 @@ def _members(groups: Groups, name: str) -> dict[str, list[int]]:
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         if group is None:
-            raise UsageError(f"Modular pairing needs a group column (group_key), {name} row {index + 1} has no group.")
+            text = f"--pairing modular needs a group for every row (--group-key), {name} row {index + 1} has none."
+            raise UsageError(text)
         members.setdefault(group, []).append(index)
     return members
 

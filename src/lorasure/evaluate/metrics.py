@@ -19,6 +19,7 @@ from ..registry import lookup
 
 Floats = Sequence[float] | np.ndarray
 STILL_KNOWN = 0.5  # a set counts as still known when more than this share of what was known before is left
+HARDLY_KNOWN = 0.01  # a share of the text below which nothing can be said to have been forgotten
 UTILITY_FLOOR = 0.95  # a model counts as harmed when less than this share of its utility is left
 DRAWS = 1000  # bootstrap resamples: the ends of a 95 % interval then rest on 25 draws each
 EXACT_KS_LIMIT = 10_000  # the sample size above which SciPy's "auto" turns to the asymptotic p-value

@@ -14,6 +14,8 @@ from ..errors import DataError, NumericError
 from .evaluation import Evaluation
 from .metrics import Score
 
+LEAST = 3  # rows; the alignment of two is always 1
+
 
 def cka(x: np.ndarray, y: np.ndarray) -> float:
     """Linear centred kernel alignment of `x` (n, p) and `y` (n, q), rows in the same order; in [0, 1].
@@ -40,8 +42,13 @@ def cka_score(x: np.ndarray, y: np.ndarray) -> Score:
 
 
 def layer_similarity(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> list[Score]:
-    """`cka_score` per layer, the embeddings first; a layer that does not tell any rows apart is undefined."""
+    """`cka_score` per layer, the embeddings first; a layer that does not tell any rows apart is undefined.
+
+    Below LEAST rows one that says so stands for all.
+    """
     scores = []
+    if len(before[0]) < LEAST:
+        return [Score(None, len(before[0]), reason=f"it takes {LEAST} rows: two are always alike")]
     for index, (x, y) in enumerate(zip(before, after, strict=True)):
         try:
             scores.append(cka_score(x, y))
@@ -87,8 +94,8 @@ def _aligned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _gram(x: np.ndarray) -> np.ndarray:
     """Products of the centred rows, (n, n) float64; its rows and columns sum to 0."""
     x = np.asarray(x, dtype=np.float64)
-    if x.ndim != 2 or len(x) < 3:
-        raise DataError(f"expected hidden states (n, width) with n of 3 at least, got shape {x.shape}.")
+    if x.ndim != 2 or len(x) < LEAST:
+        raise DataError(f"expected hidden states (n, width) with n of {LEAST} at least, got shape {x.shape}.")
     if not np.isfinite(x).all():
         raise NumericError("hidden states must be finite.")
     if (x == x[0]).all():

@@ -186,8 +186,8 @@ def bind(name: str, function: LossFunction, settings: Mapping[str, float | None]
     for key, value in given.items():
         if key not in defaults:
             known = ", ".join(defaults) or "none"
-            raise UsageError(f"{key} is not a setting of '{name}'; its settings: {known}.")
+            raise UsageError(f"--{key} is not a setting of '{name}'; its settings: {known}.")
         # Every beta divides and multiplies, so that 0 gives 0/0 and a negative one turns the loss around.
         if not math.isfinite(value) or (key == "beta" and value <= 0):
-            raise UsageError(f"{key} must be {'above 0' if key == 'beta' else 'finite'}, got {value}")
+            raise UsageError(f"--{key} must be {'above 0' if key == 'beta' else 'finite'}, got {value}")
     return partial(function, **given)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..artifacts import MERGED
 from ..evaluate.gate import SCORES, UNDOES
-from ..evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score
+from ..evaluate.metrics import HARDLY_KNOWN, STILL_KNOWN, UTILITY_FLOOR, Score
 from .read import Point, Run, Scores
 from .tables import NAMES, shown
 
@@ -77,6 +77,8 @@ def _forgotten(run: Run) -> Promise:
     name, scores = found
     before, after = _value(scores["before"]), _value(scores["after"])
     figures = _figures(name, scores)
+    if before < HARDLY_KNOWN:
+        return Promise(question, "Not shown", "none", "The model hardly knew it before.", figures)
     if after > STILL_KNOWN * before:
         return Promise(question, "No", "bad", "More than half of what the model knew of it is still there.", figures)
     if "retrained" not in scores:
