@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny_model
 from conftest import write_rows
-from lorasure import artifacts, lora, pipeline, stages
+from lorasure import artifacts, check, lora, pipeline, stages
+from lorasure.check import check_export
 from lorasure.config import ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError
 from lorasure.init.apply import INITS
 from lorasure.losses.forget import FORGET_LOSSES
+from lorasure.losses.tokens import Answers
 
 FILES = {
     "config.yaml",
@@ -269,7 +271,7 @@ def test_a_stage_refuses_what_an_earlier_one_settled_and_other_files(settings):
     "the exported adapter damaged on its way to the disk",
     "P3",
     "exit code 4; the training is kept",
-    "stages.py: check_export compares nothing",
+    "check.py: check_export compares nothing",
 )
 def test_a_damaged_adapter_fails_the_check_and_the_training_is_kept(settings, tmp_path, monkeypatch):
     save = lora.save_adapter
@@ -300,13 +302,57 @@ def test_a_damaged_adapter_fails_the_check_and_the_training_is_kept(settings, tm
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("options", [{}, {"init": "lora"}, {"dtype": "bfloat16"}], ids=str)
+def test_an_adapter_that_is_not_what_was_trained_is_not_handed_over(settings, monkeypatch, options):
+    """It is saved and loaded as it is, so a comparison with itself would say nothing."""
+    bake = lora.bake
+    for scale in (0.0, 0.4, 2.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(lora, "bake", lambda wrapped, _, scale=scale: bake(wrapped, scale))
+            with pytest.raises(NumericError, match="export: the adapter to hand over differs from the trained one"):
+                pipeline.forget(settings(str(scale), lr=0.1, **options))
+    pipeline.forget(settings("asked", lr=0.1, export_scale=0.4, **options))
+    pipeline.forget(settings("smaller", lr=0.1, export_rank=1, **options))
+
+
+def found_on(logits):
+    """Answers of which the states are the logits."""
+    return Answers(logits, torch.zeros(len(logits), dtype=torch.int64), torch.zeros(len(logits), dtype=torch.int64), 1)
+
+
 def test_check_export_bounds():
-    logits = torch.tensor([[1.0, 100.0]])
-    assert stages.check_export(logits, logits + 5e-5, torch.float32)["bound"] == 1e-4
-    for found in (logits + 1e-2, logits * float("nan")):
+    """Of several rows and chunks of rows; what is not finite on one side only is a difference, too."""
+    logits = torch.tensor([[1.0, 100.0]]).repeat(600, 1)
+    rows = [logits[:1], logits]
+    assert check_export(rows, [found_on(row + 5e-5) for row in rows], torch.float32)["bound"] == 1e-4
+    for place, value in ((0, 1e-2), (300, 1e-2), (599, 1e-2), (0, float("nan")), (599, float("inf"))):
+        other = logits.clone()
+        other[place, 1] += value
         with pytest.raises(NumericError):
-            stages.check_export(logits, found, torch.float32)
-    assert stages.check_export(logits, logits + 1, torch.bfloat16)["bound"] > 1
+            check_export(rows, [found_on(logits[:1]), found_on(other)], torch.float32)
+        with pytest.raises(NumericError):
+            check_export([logits[:1], other], map(found_on, rows), torch.float32)
+    assert check_export(rows, [found_on(row + 1) for row in rows], torch.bfloat16)["bound"] > 1
+    with pytest.raises(NumericError):
+        check_export([logits / 0], [found_on(logits)], torch.bfloat16)
+
+
+def test_the_check_holds_logits_of_few_tokens_of_one_row_only(settings, data_files, monkeypatch):
+    """As training does: each row in a pass of its own, and ROWS of its answer tokens at a time."""
+    long = write_rows(
+        data_files[0].parent / "long.jsonl", [{"question": f"{i}?", "answer": "Nobody " * 14} for i in (1, 2)]
+    )
+    monkeypatch.setattr(check, "ROWS", 10)
+    batches, chunks = [], []
+    real, logits_of = check.collate, Answers.logits_of
+    monkeypatch.setattr(check, "collate", lambda examples: batches.append(len(examples)) or real(examples))
+    monkeypatch.setattr(
+        Answers, "logits_of", lambda self, states: chunks.append(len(states)) or logits_of(self, states)
+    )
+    monkeypatch.setattr(stages, "score_sets", lambda *_: pytest.fail("reached"))
+    with pytest.raises(pytest.fail.Exception):
+        pipeline.forget(settings(forget=str(long)))
+    assert set(batches) == {1} and max(chunks) <= 256 and chunks.count(10) > 10
 
 
 @pytest.mark.parametrize(
@@ -324,3 +370,5 @@ def test_verdict(forget, retain, known, harmed, said):
     summary = {"before": scores(0.9, 0.9), "after": scores(forget, retain), "settings": {"lr": 1e-4}}
     found = stages.verdict(summary)
     assert (found["still_known"], found["retain_harmed"]) == (known, harmed) and said in found["text"]
+    summary["before"]["forget"]["value"] = 0.001
+    assert "hardly known before, so this measure shows nothing" in stages.verdict(summary)["text"]

@@ -650,8 +650,8 @@ def not_finite(stage, monkeypatch, value=float("nan")):
 
         monkeypatch.setattr(lora, "trained_factors", trained)
     if stage == "export":
-        real_logits = stages.logits_of
-        monkeypatch.setattr(stages, "logits_of", lambda *args: real_logits(*args) * value)
+        real_states = stages.states_of
+        monkeypatch.setattr(stages, "states_of", lambda *args: [states * value for states in real_states(*args)])
 
 
 @pytest.mark.fault(
@@ -667,7 +667,7 @@ def not_finite(stage, monkeypatch, value=float("nan")):
         ("importance", r"importance: the gradient moments of site 'model\.layers"),
         ("factor", r"init: at 'model\.layers\.0\.self_attn\.q_proj', factor A"),
         ("trained", r"train: the trained factors of site 'model\.layers"),
-        ("export", "export: the adapter on the freshly loaded base differs"),
+        ("export", "export: the adapter to hand over differs"),
     ],
 )
 def test_a_number_that_is_not_finite_stops_the_run(settings, undisturbed, monkeypatch, tmp_path, stage, said, value):

@@ -61,7 +61,7 @@ def watch_guards(clock: Clock) -> None:
         (pipeline, "identity", "_check_unsettled"),
         (workbench, "fingerprint", "check_model_folder", "check_disjoint"),
         (stages.Start, "check_finite"),
-        (stages, "logits_of", "check_export"),
+        (stages, "states_of", "check_export"),
         (lora, "check_fits"),
     )
     for owner, *names in watched:

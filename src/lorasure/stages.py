@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import artifacts, card, lora
-from .data.examples import Example, collate
+from .check import answers_of, check_export, check_handed_over, states_of
+from .data.examples import Example
 from .errors import DataError, NumericError
 from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
 from .forward import Progress, Record, answer_logits, answer_records
@@ -107,6 +108,8 @@ def measure_importance(bench: Workbench, run: Path) -> Importance | None:
 
 def load_importance(bench: Workbench, run: Path) -> Importance:
     """The importance in a run folder, under the score wanted now. DataError if it was measured on something else."""
+    if artifacts.IMPORTANCE not in artifacts.read_manifest(run):
+        raise DataError(f"{run}: no importance was measured there; measure it with the --init that it is for.")
     artifacts.check_run(run, artifacts.IMPORTANCE)
     found = Importance.load(run / artifacts.IMPORTANCE)
     score = str(bench.score)
@@ -155,23 +158,29 @@ def _directions(bench: Workbench, sites: Sequence[Site], sets: Sequence[Sequence
 def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -> dict[str, Any]:
     """Stage 4. The adapter, checked on a freshly loaded base; scores of that; model card -> adapter/, summary.json.
 
-    Raises NumericError when the fresh model's logits differ from the trained model's by more than the dtype's bound.
+    Raises NumericError when what is handed over is not what was trained (unless it is meant to be another), or when the
+    fresh model's logits differ from it by more than the dtype's bound.
     """
     s = bench.settings
     probes = [e for part in bench.data for e in part.examples[:CHECKED_ROWS]]
     for made in (artifacts.ADAPTER, artifacts.MERGED):  # by an attempt that was interrupted here
         shutil.rmtree(run / made, ignore_errors=True)
     with bench.reporter.stage("export"):
+        trained = states_of(wrapped, probes)
+        with wrapped.disable_adapter():
+            original = states_of(wrapped, probes)
         wrapped = lora.bake(wrapped, s.export_scale)
         compression = None
         if s.export_rank:
             wrapped, compression = lora.compressed(wrapped, start.factors, s.export_rank)
+        expected = states_of(wrapped, probes)
+        if not s.export_rank and s.export_scale == 1:
+            check_handed_over(expected, trained, original, bench.dtype)
         lora.save_adapter(wrapped, run / artifacts.ADAPTER, bench.fingerprint["source"], bench.fingerprint["revision"])
-        expected = logits_of(wrapped, probes)
         del wrapped
         bench.release_model()
         fresh = lora.load_adapter(bench.fresh_model(), run / artifacts.ADAPTER)
-        check = check_export(expected, logits_of(fresh, probes), bench.dtype)
+        check = check_export(expected, answers_of(fresh, probes), bench.dtype)
     after = score_sets(bench, fresh)
     if s.merge:
         with bench.reporter.stage("merge"):
@@ -198,25 +207,6 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
         run / artifacts.ADAPTER / "README.md", card.model_card(summary, artifacts.read_json(run / artifacts.DATA))
     )
     return summary
-
-
-def logits_of(model: Any, examples: Sequence[Example]) -> Tensor:
-    """Logits (answer tokens, vocab) of some examples in one batch, on the CPU: for `check_export`."""
-    with torch.no_grad():
-        batch = collate(examples).to(model.device)
-        return answer_logits(model, batch)[0].logits.cpu()
-
-
-def check_export(expected: Tensor, found: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Largest difference of two models' logits, and its bound: 1e-4 in float32, else 8 roundings of the largest."""
-    bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps * float(expected.abs().max())
-    difference = float((expected - found).abs().max())
-    if not difference <= bound:
-        raise NumericError(
-            f"export: the adapter on the freshly loaded base differs from the trained model by {difference:.2e} in its "
-            f"logits (at most {bound:.1e} allowed)."
-        )
-    return {"max_logit_difference": difference, "bound": bound}
 
 
 def score_sets(bench: Workbench, model: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import lora
+from ..check import answers_of, check_export, states_of
 from ..checkpoint import Keeper, remove_checkpoints
 from ..errors import UsageError
 from ..init.apply import INITS, Evidence, initialise
@@ -15,7 +16,7 @@ from ..losses.retain import nll
 from ..losses.tokens import Answers
 from ..objective import ForgetObjective, forget_steps
 from ..outcome import ASSISTANT
-from ..stages import CHECKED_ROWS, check_export, logits_of
+from ..stages import CHECKED_ROWS
 from ..train_stage import logged_fit
 from ..workbench import Workbench
 from .common import score
@@ -44,14 +45,14 @@ def make(bench: Workbench, settings: UldSettings, run: Path) -> None:
     train(bench, settings, run, wrapped)
     expected = Subtracted(bench.model, lora.bake(wrapped), settings.weight)
     probes = [e for part in bench.data for e in part.examples[:CHECKED_ROWS]]
-    logits = logits_of(expected, probes)
+    states = states_of(expected, probes)
     folder = run / ASSISTANT
     shutil.rmtree(folder, ignore_errors=True)
     save_assistant(expected, folder, bench.fingerprint)
     del expected, wrapped, assistant
     bench.release_model()
     fresh = load_assistant(bench.fresh_model(), folder)
-    check_export(logits, logits_of(fresh, probes), bench.dtype)
+    check_export(states, answers_of(fresh, probes), bench.dtype)
     score(bench, run, fresh)
     remove_checkpoints(run)
 
