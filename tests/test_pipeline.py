@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny_model
 from conftest import write_rows
-from lorasure import artifacts, check, lora, pipeline, stages
+from lorasure import artifacts, check, lora, pipeline, stages, train
 from lorasure.check import check_export
 from lorasure.config import ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError
@@ -265,6 +265,36 @@ def test_a_stage_refuses_what_an_earlier_one_settled_and_other_files(settings):
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(DataError, match="changed after it was written"):
         pipeline.train_command(run, settings())
+
+
+def test_an_export_of_a_run_keeps_what_the_run_said_of_itself(settings, tmp_path, monkeypatch):
+    """Its utility, level, interruptions, changes and guards, of which nothing is made again."""
+    unseen = str(
+        write_rows(tmp_path / "unseen.jsonl", [{"question": "Who?", "answer": f"Nobody {i}."} for i in (1, 2)])
+    )
+    options = {"min_utility": 0.5, "stop": "auto", "unseen": unseen, "epochs": 3, "targets": "layers.1.*"}
+    real, calls = train._backward, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_backward", stopped)
+        pipeline.forget(settings(checkpoint_every=1, **options))
+    options["min_utility"] = 0.6
+    before = pipeline.forget(settings(**options, resume=True, allow_change="min_utility")).summary
+    kept = ("before", "utility", "stop", "prefix", "resumed", "changed", "guards")
+    assert all(before[key] for key in kept)
+    after = pipeline.export_command(tmp_path / "run", settings(**options, export_scale=0.5)).summary
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    assert after["export"]["scale"] == 0.5 and after["after"] != before["after"]
+    again = pipeline.export_command(tmp_path / "run", settings(**options)).summary
+    assert {key: again[key] for key in kept} == {key: before[key] for key in kept}
 
 
 @pytest.mark.fault(

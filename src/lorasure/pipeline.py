@@ -22,7 +22,6 @@ from .config import (
 )
 from .errors import DataError, UsageError
 from .fitting import fit_memory
-from .outcome import RATE
 from .progress import Reporter
 from .stages import (
     Start,
@@ -114,15 +113,15 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
     bench = _reopen(run, settings, reporter, ExportSettings)
     start = Start.load(run / artifacts.START, bench.sites)
     with artifacts.as_written(run / artifacts.SUMMARY):
-        stored = artifacts.read_json(run / artifacts.SUMMARY)
-        known = {"before": stored["before"]} | {key: stored[key] for key in (RATE,) if key in stored}
+        known = artifacts.read_json(run / artifacts.SUMMARY)
+        _ = known["before"]  # `export` compares with it
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with folders.changed_run(run, kept, settings.overwrite) as changed:
-        write_inputs(bench, changed)
         update_summary(changed, known)
         summary = export(bench, changed, start, _trained(bench, run, start))
     return Result(run, summary)
 
+        write_inputs(bench, changed)
 
 def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
     """The trained model of a run, rebuilt from its files."""
@@ -233,7 +232,7 @@ def write_inputs(bench: Workbench, run: Path, given: Settings | None = None) -> 
         run / artifacts.DATA, dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
     )
     path = run / artifacts.SUMMARY
-    guards = artifacts.read_json(path).get("guards", []) if path.is_file() else []
-    changed = artifacts.read_json(run / artifacts.IDENTITY)["changed"] if (run / artifacts.IDENTITY).is_file() else []
-    inputs = {"base": bench.fingerprint, "settings": settings, "guards": guards, "changed": changed}
-    update_summary(run, inputs)
+    known = artifacts.read_json(path) if path.is_file() else {}
+    known |= artifacts.read_json(run / artifacts.IDENTITY) if (run / artifacts.IDENTITY).is_file() else {}
+    kept = {name: known.get(name, []) for name in ("guards", "changed")}
+    update_summary(run, {"base": bench.fingerprint, "settings": settings, **kept})
