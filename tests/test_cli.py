@@ -87,7 +87,7 @@ USAGE = [
     (["--compat", "paper-code", "--init", "sketch"], "--compat paper-code covers --score fisher --space full or"),
     (["--compat", "paper-code", "--init", "reglu"], "--compat paper-code is about importance"),
     (["--compat", "paper-code", "--solver", "elementwise"], "--solver elementwise does not go with it"),
-    (["--pairing", "modular"], "needs a group column"),
+    (["--pairing", "modular"], "needs a group for every row (--group-key)"),
     (["--lr", "-1"], "--lr must be above 0, got -1.0"),
     (["--lr", "nan"], "--lr must be a finite number, got nan"),
     (["--warmup", "2"], "--warmup must be at most 1"),
@@ -212,7 +212,8 @@ def test_answer_fully_truncated(base, fails, tmp_path):
 def test_one_row_of_each(base, tmp_path, data_files):
     for path in data_files:
         path.write_text(path.read_text().splitlines()[0] + "\n")
-    assert cli.main(["forget", *base, "--out", str(tmp_path / "run"), "--epochs", "1", "--min-utility", "0.5"]) == 0
+    flags = ["--score", "fisher", "--out", str(tmp_path / "run"), "--epochs", "1", "--min-utility", "0.5"]
+    assert cli.main(["forget", *base, *flags]) == 0
     summary = artifacts.read_json(tmp_path / "run" / "summary.json")
     for when in ("before", "after"):
         for score in summary[when].values():
@@ -467,7 +468,9 @@ def test_stage_commands_from_another_folder(base, model_folder, data_files, tmp_
     assert "rank 3" in capsys.readouterr().out
     assert cli.main(["train", "../staged", "--rank", "3"]) == 2
     assert "--rank is settled by an earlier stage" in capsys.readouterr().err
-    assert cli.main(["init", "../staged", "--init", "expila"]) == 0
+    assert cli.main(["init", "../staged", "--init", "expila"]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert cli.main(["init", "../staged", "--init", "expila", "--overwrite"]) == 0
     assert not (tmp_path / "staged" / "trained.safetensors").exists()
     capsys.readouterr()
     assert cli.main(["export", "../staged"]) == 3

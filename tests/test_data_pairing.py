@@ -72,7 +72,7 @@ def test_modular_stays_inside_the_group():
 def test_modular_errors():
     with pytest.raises(DataError, match=r"no retain row has the group of forget row 2.$"):
         pairs(["a", "b"], ["a"], epoch=0, seed=0, mode="modular")
-    with pytest.raises(UsageError, match="--pairing modular needs a group.*retain row 2 has none"):
+    with pytest.raises(UsageError, match=r"--pairing modular needs a group.*retain row 2 has none"):
         pairs(["a"], ["a", None], epoch=0, seed=0, mode="modular")
 
 

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny_model
 from conftest import write_rows
-from lorasure import artifacts, check, lora, pipeline, stages, train
+from lorasure import artifacts, check, folders, lora, pipeline, stages, train
 from lorasure.check import check_export
 from lorasure.config import ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError
 from lorasure.init.apply import INITS
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.tokens import Answers
+from lorasure.progress import Reporter
 
 FILES = {
     "config.yaml",
@@ -142,6 +143,27 @@ def test_every_init_alone_and_by_stages(settings, init, coverage):
     assert adapter_hash(whole) == adapter_hash(pipeline.export_command(run, staged))
 
 
+def test_a_stage_throws_what_was_trained_away_only_when_told(settings):
+    plain, again = (settings("done", init="lora", epochs=1, overwrite=told) for told in (False, True))
+    run = pipeline.forget(plain).folder
+    for command in (pipeline.init_command, pipeline.train_command):
+        with pytest.raises(UsageError, match=r"holds trained\.safetensors, which would go; add --overwrite"):
+            command(run, plain)
+    folders.verify(run)
+    pipeline.train_command(run, again)
+    assert (run / "trained.safetensors").exists() and not (run / "adapter").exists()
+
+
+def test_importance_that_was_never_measured_is_said(settings):
+    notes = []
+    reporter = Reporter(quiet=True)
+    reporter.note = notes.append
+    run = pipeline.importance_command(settings("start", init="contrast"), reporter)
+    assert "--init contrast needs no importance, so none was measured." in notes
+    with pytest.raises(DataError, match="no importance was measured there"):
+        pipeline.forget(settings("other", init="vila", importance=str(run)))
+
+
 @pytest.mark.parametrize("loss", FORGET_LOSSES)
 def test_every_loss(settings, loss):
     summary = pipeline.forget(settings(loss=loss, epochs=1)).summary
@@ -232,7 +254,7 @@ def test_running_text_end_to_end(settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"loss": "dpo"}, "no question to refuse"), ({"pairing": "modular"}, "needs a group column")],
+    [({"loss": "dpo"}, "no question to refuse"), ({"pairing": "modular"}, "needs a group for every row")],
 )
 def test_what_training_cannot_use_is_refused_before_anything_is_measured(
     settings, tmp_path, monkeypatch, options, said

@@ -12,7 +12,8 @@ from conftest import tofu_folder
 from lorasure import artifacts, cli
 from lorasure.config import ForgetSettings
 from lorasure.data.readers import check_disjoint, read_rows
-from lorasure.errors import DataError, NumericError, UsageError
+from lorasure.errors import INTERRUPTED, DataError, NumericError, UsageError
+from lorasure.failures import explained
 from lorasure.recipes import reproduce, table, targets
 from lorasure.recipes.recipe import RECIPES, Gain, read_recipe
 from lorasure.recipes.settings import ReproduceSettings
@@ -151,8 +152,10 @@ def test_what_an_interruption_leaves_is_gone_on_with(mini, monkeypatch):
         return evaluate(settings, reporter)
 
     monkeypatch.setattr(reproduce, "evaluate_model", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         reproduce.reproduce("tofu-main", mini())
+    said, code = explained(stopped.value)
+    assert "the same command continues" in said and "--resume" not in said and code == INTERRUPTED
     monkeypatch.setattr(reproduce, "evaluate_model", evaluate)
     monkeypatch.setattr(reproduce, "forget", None)
     assert reproduce.reproduce("tofu-main", mini())[1][-1].ours["forget_quality"] is not None

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -255,12 +255,13 @@ def _dispatch(name: str, rest: list[str]) -> int:
     elif not command.places.endswith("..."):
         count = min(count, 1)
     places = [Path(word) for word in rest[:count]]
-    stored = _stored_settings(places[0]) if command.stage and places else None
-    usage = f"{name} {command.places}".strip()
-    settings = parse(usage, command.title, command.settings, rest[count:], stored, epilog=EPILOG)
+    stored = None
+    if command.stage:  # for --help without a RUN, something in the place of what must be given
+        kept = {f.name: "that of RUN" for f in fields(command.settings) if f.default is MISSING}
+        stored = _stored_settings(places[0]) if places else kept
+    settings = parse(f"{name} {command.places}".strip(), command.title, command.settings, rest[count:], stored, EPILOG)
     _quiet_libraries()
-    given = [] if not command.places else [places] if command.places.endswith("...") else places
-    return command.run(*given, settings) or 0
+    return command.run(*([places] if command.places.endswith("...") else places), settings) or 0
 
 
 def _stored_settings(run: Path) -> dict[str, Any]:

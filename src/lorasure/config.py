@@ -245,7 +245,7 @@ class TrainSettings(OptimizerSettings):
 class ExportSettings(Settings):
     """What to hand over."""
 
-    export_rank: int | None = option(None, "compress the adapter to this rank (default: exact, twice --rank)", low=1)
+    export_rank: int | None = option(None, "compress to this rank (default: exact, at most twice --rank)", low=1)
     export_scale: float = option(1.0, "share of what was trained to hand over; harm goes first", above=0, high=2)
     merge: bool = option(False, "also write the merged model")
 

@@ -5,6 +5,7 @@ Messages name the input (file, row or flag), the value and the choices, in one l
 
 INTERRUPTED = 75  # exit code of a command that a signal stopped and that --resume continues
 KEPT = "What was finished is kept: the same command with --resume continues."  # a note on the error of such a command
+GOES_ON = "What was finished is kept: the same command continues."  # of one that needs no flag for it
 
 
 class LorasureError(Exception):

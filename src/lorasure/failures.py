@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from . import __version__
-from .errors import INTERRUPTED, KEPT, LorasureError, ResourceError
+from .errors import GOES_ON, INTERRUPTED, KEPT, LorasureError, ResourceError
 from .interrupt import Terminated
 
 HERE = Path(__file__).parent
@@ -19,8 +19,8 @@ TRACEBACK = "LORASURE_TRACEBACK"  # set in the environment, all of a mistake of 
 
 def explained(error: BaseException) -> tuple[str, int]:
     """(line for the user, exit code) of whatever a command raised."""
-    kept = KEPT in getattr(error, "__notes__", ())  # of its notes only this: those of a library may quote a row
-    left = KEPT if kept else ""
+    notes = getattr(error, "__notes__", ())  # only ours: those of a library may quote a row
+    left = GOES_ON if GOES_ON in notes else KEPT if KEPT in notes else ""
     if isinstance(error, LorasureError):
         return f"{error} {left}", error.exit_code
     if isinstance(error, OSError) and error.errno is not None:  # without one it comes from a library: a mistake of ours
@@ -28,7 +28,7 @@ def explained(error: BaseException) -> tuple[str, int]:
         return f"{error.strerror or type(error).__name__}{where}. {left or NOTHING}", ResourceError.exit_code
     if isinstance(error, KeyboardInterrupt):
         stopped = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-        return f"interrupted. {left or NOTHING}", INTERRUPTED if kept else stopped
+        return f"interrupted. {left or NOTHING}", INTERRUPTED if left else stopped
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
         return f"out of memory. {left}", ResourceError.exit_code
     if os.environ.get(TRACEBACK):

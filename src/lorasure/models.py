@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import processes
 from .answer_rows import find_free_layers
-from .artifacts import sha256
+from .artifacts import exists, sha256
 from .errors import DataError, LorasureError, NumericError, ResourceError, UsageError
 from .layers import decoder_layers
 from .model_files import commit, locate, weight_files
@@ -187,7 +187,8 @@ def _load(loader: Callable[..., Any], model: str, revision: str | None, allow_pi
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(f"--model {model} does not fit in memory.") from error
     except Exception as error:  # many libraries below can fail here, each with its own class
-        raise DataError(f"--model {model} cannot be loaded: {_reason(error)}") from error
+        where = "" if exists(Path(model)) else " (no folder of that name, so taken for one of the hub)"
+        raise DataError(f"--model {model}{where} cannot be loaded: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -197,6 +198,8 @@ def _reason(error: Exception) -> str:
         return "it needs code of its own, and code that comes with a model is never run."
     if type(error).__name__ == "UnpicklingError":
         return "its pickle holds something other than tensors, and nothing else is read."
+    if "backend tokenizer" in text:
+        return "it comes without a tokenizer (tokenizer.json, tokenizer_config.json)."
     if unknown := re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'>", text):
         return f"transformers has no causal language model with a {unknown[1]}."
     return text.splitlines()[0]

@@ -82,13 +82,15 @@ def started(bench: Workbench, run: Path) -> Start:
 def importance_command(settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 1 alone: a run folder with the settings, the account of the data, and the importance."""
     with _new_run(settings, reporter) as (bench, run):
-        measure_importance(bench, run)
+        if measure_importance(bench, run) is None:
+            bench.reporter.note(f"--init {settings.init} needs no importance, so none was measured.")
     return Path(settings.out)
 
 
 def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 2 on an existing run, from its importance (or from new activations). Later stages' files go."""
     bench = _reopen(run, settings, reporter, InitSettings, ImportanceSettings, TrainSettings, ExportSettings)
+    _check_worth(run, settings)
     importance = None
     if bench.measures_importance:
         importance = load_importance(bench, run)
@@ -102,6 +104,7 @@ def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None
     """Stage 3 on an existing run, from its init.safetensors. Later stages' files go."""
     artifacts.check_run(run, artifacts.START)
     bench = _reopen(run, settings, reporter, TrainSettings, ExportSettings)
+    _check_worth(run, settings)
     with _resumable(bench, run, carry=[artifacts.IMPORTANCE, artifacts.START]) as changed:
         train_adapter(bench, changed, Start.load(changed / artifacts.START, bench.sites))
     return run
@@ -118,10 +121,10 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with folders.changed_run(run, kept, settings.overwrite) as changed:
         update_summary(changed, known)
+        write_inputs(bench, changed)
         summary = export(bench, changed, start, _trained(bench, run, start))
     return Result(run, summary)
 
-        write_inputs(bench, changed)
 
 def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
     """The trained model of a run, rebuilt from its files."""
@@ -131,6 +134,13 @@ def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
     wrapped = attach_start(bench, start)
     lora.set_trained(wrapped, trained.factors)
     return wrapped
+
+
+def _check_worth(run: Path, settings: ForgetSettings) -> None:
+    """What took long to make is not thrown away unless the user says so."""
+    if artifacts.TRAINED in artifacts.read_manifest(run) and not (settings.overwrite or settings.resume):
+        text = f"it holds {artifacts.TRAINED}, which would go; add --overwrite to start from this stage once more."
+        raise UsageError(f"{run}: {text}")
 
 
 @contextmanager

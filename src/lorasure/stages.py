@@ -17,8 +17,8 @@ from . import artifacts, card, lora
 from .check import answers_of, check_export, check_handed_over, states_of
 from .data.examples import Example
 from .errors import DataError, NumericError
-from .evaluate.metrics import STILL_KNOWN, UTILITY_FLOOR, Score, probability
-from .forward import Progress, Record, answer_logits, answer_records
+from .evaluate.metrics import HARDLY_KNOWN, STILL_KNOWN, UTILITY_FLOOR, Score, probability
+from .forward import Progress, Record, answer_records
 from .importance.activations import InGroups, room_on, second_moments
 from .importance.measure import Importance, measure
 from .importance.paper_code import PASSES
@@ -253,7 +253,9 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
     method = summary["method"] if "method" in summary else _advice(learning_rate(summary))
     text = "The forget set is forgotten by this measure and the retain set is kept."
-    if known:
+    if before["forget"]["value"] < HARDLY_KNOWN:
+        text = "The forget set was hardly known before, so this measure shows nothing; see `lorasure probe`."
+    elif known:
         text = f"The forget set is still known. Try {method['known']}."
     elif harmed:
         text = f"The forget set is forgotten, but the retain set suffered. Try {method['harmed']}."

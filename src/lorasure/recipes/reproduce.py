@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import artifacts, folders
 from ..config import ForgetSettings, Settings
-from ..errors import NumericError, UsageError
+from ..errors import GOES_ON, NumericError, UsageError
 from ..evaluate.evaluation import ABOUT, SCORES
 from ..evaluate.settings import EvaluateSettings
 from ..evaluating import evaluate_model
@@ -69,8 +69,13 @@ def reproduce(name: str, settings: ReproduceSettings, reporter: Reporter | None 
     reporter = reporter or Reporter(quiet=True)
     out = Path(settings.out or f"runs/reproduce/{recipe.models}")
     bench = _Bench(recipe, settings, Place(recipe.models, out, settings, reporter), reporter)
-    lines = {split: bench.before(split) for split in dict.fromkeys(cell.split for cell in cells)}
-    return recipe, [*lines.values(), *(bench.cell(Path(name).stem, cell) for cell in cells)]
+    try:
+        lines = {split: bench.before(split) for split in dict.fromkeys(cell.split for cell in cells)}
+        return recipe, [*lines.values(), *(bench.cell(Path(name).stem, cell) for cell in cells)]
+    except BaseException as error:
+        if not isinstance(error, UsageError):
+            error.add_note(GOES_ON)
+        raise
 
 
 @dataclass(frozen=True)
