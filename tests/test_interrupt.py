@@ -12,7 +12,7 @@ import pytest
 
 from conftest import write_rows
 from lorasure import artifacts, cli, folders, interrupt, lora, models, stages, train, train_stage, workbench
-from lorasure.errors import INTERRUPTED
+from lorasure.errors import INTERRUPTED, NumericError
 
 STAGES = [
     ("load", models, "check_finite", False),
@@ -108,6 +108,16 @@ def test_the_first_signal_waits_and_the_second_does_not():
             os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interrupt.finishing_first():
         os.kill(os.getpid(), signal.SIGINT)  # and one that nobody asked about is raised at the end
+
+
+def test_a_signal_is_not_lost_where_an_error_comes_after_it():
+    """Who handles the error would go on: `search` with the next trial, --lr auto with the training."""
+    with pytest.raises(interrupt.Terminated) as raised, interrupt.finishing_first():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise NumericError("lost")
+    assert isinstance(raised.value.__cause__, NumericError)
+    with pytest.raises(NumericError), interrupt.finishing_first():
+        raise NumericError("lost")
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------

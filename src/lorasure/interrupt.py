@@ -25,7 +25,10 @@ def sigterm_unwinds() -> Iterator[None]:
 
 @contextmanager
 def finishing_first() -> Iterator[Callable[[], KeyboardInterrupt | None]]:
-    """Within the block the first SIGTERM or SIGINT is only noted, for the yielded function to tell; a second raises."""
+    """Within the block the first SIGTERM or SIGINT is only noted, for the yielded function to tell; a second raises.
+
+    One that is noted is raised at the end of the block, also in place of an error in it.
+    """
     noted: list[KeyboardInterrupt] = []
 
     def stop(number: int, frame: object) -> None:
@@ -35,7 +38,12 @@ def finishing_first() -> Iterator[Callable[[], KeyboardInterrupt | None]]:
         noted.append(error)
 
     with _handled({signal.SIGTERM: stop, signal.SIGINT: stop}):
-        yield lambda: noted[0] if noted else None
+        try:
+            yield lambda: noted[0] if noted else None
+        except Exception as error:  # who handles that would go on
+            if noted:
+                raise noted[0] from error
+            raise
     if noted:
         raise noted[0]
 
