@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from lorasure import fitting, lora, models, pipeline, plan, train, workbench
+from lorasure import fitting, lora, models, pipeline, plan, train, train_stage, workbench
 from lorasure.cli import main
 from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate, micro_batches
@@ -20,7 +20,9 @@ from lorasure.footprint import peak
 from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
+from lorasure.objective import forget_steps
 from lorasure.sites import tap
+from lorasure.stages import Start
 from lorasure.workbench import Workbench
 
 BOTH = {"init": "inputs", "coverage": 0.5, "score": "variance", "space": "lora"}
@@ -109,6 +111,32 @@ def test_four_bit_weights_to_the_byte(settings):
     ]
     said = fitting.footprint(bench).weights
     assert abs(said - bytes_of(held)) < 4 * len(bench.sites)  # a layer's last block may be a part of one
+
+
+@pytest.mark.parametrize("options", [{"retain_loss": "kl"}, {"targets": "layers.1.*"}], ids=str)
+def test_states_of_the_original_model_to_the_byte(settings, options):
+    """Of the rows of all epochs: in each other retain rows meet the forget rows."""
+    bench = Workbench(replace(settings, epochs=5, batch_size=2, init="lora", **options))
+    said, objective = fitting.footprint(bench), bench.objective()
+    steps = list(forget_steps(objective, epochs=5, batch_size=2, pairing="random", seed=0))
+    start = Start({s: Factors(torch.zeros(s.shape[0], 4), torch.zeros(4, s.shape[1])) for s in bench.sites}, {})
+    train_stage._observe(bench, objective, steps, start, None)
+    kept = [*objective.retain_hidden.values(), *(objective.prefix.states.values() if objective.prefix else ())]
+    assert said.kept == bytes_of(kept) > 0
+    assert len(said.steps) == len(steps) == 5 * 3
+
+
+def test_what_a_container_has_taken_is_not_free(tmp_path, monkeypatch):
+    """But for copies of files."""
+    monkeypatch.setattr(fitting, "CONTAINER", tmp_path)
+    cpu = torch.device("cpu")
+    whole = fitting.free_memory(cpu)["host"]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert fitting.free_memory(cpu)["host"] > whole / 2
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 600000\nactive_file 100000\n")
+    assert fitting.free_memory(cpu) == {"host": 5000000 - 3000000 + 700000}
 
 
 def test_what_does_not_fit_is_refused_before_the_start_with_what_would_do(settings, monkeypatch, capsys):

@@ -16,12 +16,12 @@ from .footprint import Footprint, Rows, Shapes, peak
 from .importance.activations import room_on
 from .layers import decoder_layers
 from .models import load_shapes
-from .objective import Unit, forget_steps
+from .objective import Unit, forget_steps, retain_rows
 from .prefix import ROOM, lowest_layer
 from .workbench import Workbench
 
 GIB = 2**30
-LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 def footprint(bench: Workbench) -> Footprint:
@@ -30,7 +30,7 @@ def footprint(bench: Workbench) -> Footprint:
     model = load_shapes(s.model, s.revision, s.allow_pickle)
     sites = bench.sites_of(model)
     shapes = Shapes.of(model, sites, bench.dtype)
-    steps = list(epoch_steps(bench))
+    objective, steps = bench.objective(), list(run_steps(bench))
     rows = [_rows(max(unit.sequences, key=len) for unit in step for _ in unit.sequences) for step in steps]
     measured = [*bench.data[0].examples, *bench.measured_retain]
     quantised = getattr(model.config, "quantization_config", None)
@@ -54,20 +54,20 @@ def footprint(bench: Workbench) -> Footprint:
         kept=0,
         room=0,
     )
-    kept, used = 0, {unit.sequences[0] for step in steps for unit in step if unit.term == "retain"}
+    kept = 0
     if s.epochs > 1 and (s.coverage < 1 or lowest_layer(decoder_layers(model), model, sites)):
         tokens = sum(map(len, {e for step in steps for unit in step for e in unit.sequences}))
         states = tokens * shapes.hidden * shapes.width
         kept += states if states <= max(ROOM, found.weights) else 0
-    if bench.objective().uses_original_states:
-        kept += sum(e.answer_length for e in used) * shapes.hidden * shapes.width
+    if objective.uses_original_states:
+        kept += sum(objective.retain[i].answer_length for i in retain_rows(steps)) * shapes.hidden * shapes.width
     return replace(found, kept=kept, room=room_on(bench.device, found.weights))
 
 
-def epoch_steps(bench: Workbench) -> Iterator[list[Unit]]:
-    """The steps of one epoch."""
+def run_steps(bench: Workbench) -> Iterator[list[Unit]]:
+    """The steps of all epochs: in each other retain rows may be met."""
     s = bench.settings
-    return forget_steps(bench.objective(), epochs=1, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
+    return forget_steps(bench.objective(), epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
 
 
 def _rows(examples: Iterable[Example]) -> Rows:
@@ -76,14 +76,21 @@ def _rows(examples: Iterable[Example]) -> Rows:
 
 
 def free_memory(device: torch.device) -> dict[str, int]:
-    """Bytes that are free now: of the `device` where that is a GPU, and of the `host` (a container's limit at most)."""
-    room = psutil.virtual_memory().available
-    if LIMIT.is_file() and (text := LIMIT.read_text().strip()) != "max":
-        room = min(room, int(text))
+    """Bytes that are free now: of the `device` where that is a GPU, and of the `host` (or container)."""
+    room, limit = psutil.virtual_memory().available, CONTAINER / "memory.max"
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        room = min(room, int(text) - _taken(CONTAINER))
     found = {"host": room}
     if device.type == "cuda":
         found["device"] = torch.cuda.mem_get_info(device)[0]
     return found
+
+
+def _taken(container: Path) -> int:
+    """Bytes that its processes have, without copies of files, which go where room is wanted."""
+    about = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
+    files = int(about["active_file"]) + int(about["inactive_file"])
+    return int((container / "memory.current").read_text()) - files
 
 
 def fit_memory(bench: Workbench) -> None:

@@ -149,6 +149,11 @@ def forget_steps(
             yield objective.step(order[start : start + batch_size])
 
 
+def retain_rows(steps: Iterable[Sequence[Unit]]) -> set[int]:
+    """The retain rows in some steps, by their indices."""
+    return {unit.index for step in steps for unit in step if unit.term == "retain"}
+
+
 def learn(model: Any, units: Sequence[Unit]) -> Sums:
     """The objective of fine-tuning: NLL per answer token, summed over examples."""
     batch = batch_of(model, [u.sequences[0] for u in units])

@@ -18,7 +18,7 @@ from . import lora
 from .calibrate import forget_ramp
 from .config import AUTO, ForgetSettings
 from .data.examples import Example, micro_batches
-from .fitting import epoch_steps, fit_memory, footprint, free_memory
+from .fitting import fit_memory, footprint, free_memory, run_steps
 from .footprint import Part, peak
 from .forward import answer_records
 from .importance.activations import InGroups, room_on, second_moments
@@ -27,7 +27,7 @@ from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
-from .objective import forget_steps
+from .objective import forget_steps, retain_rows
 from .prefix import find_prefix
 from .progress import Reporter
 from .sites import Site
@@ -73,8 +73,7 @@ def seconds(bench: Workbench) -> dict[str, float]:
     """Seconds per stage, in the order of a run: the median time per token of a few passes, times all tokens."""
     s = bench.settings
     measured = [*bench.data[0].examples, *bench.measured_retain]
-    steps = list(epoch_steps(bench))
-    seen = [example for step in steps for unit in step for example in unit.sequences]
+    seen = [example for step in run_steps(bench) for unit in step for example in unit.sequences]
     ramp = sum(len(e) for step in forget_ramp(bench.objective(), s) for unit in step for e in unit.sequences)
     with bench.reporter.stage("calibrate"):
         per_token, evidence, sites = _try_measuring(bench)
@@ -87,7 +86,7 @@ def seconds(bench: Workbench) -> dict[str, float]:
         "init": init + measuring * (not bench.measures_importance),
         "reference": scoring * sum(map(len, {*scored_rows(bench), *seen})),
         "calibrate": training * ramp * (s.lr == AUTO),
-        "train": training * sum(map(len, seen)) * s.epochs,
+        "train": training * sum(map(len, seen)),
         "export": bench.reporter.seconds["load model"],
         "evaluate": scoring * sum(map(len, scored_rows(bench))),
     }
@@ -169,7 +168,7 @@ def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float
     seen = [example for step in steps for unit in step for example in unit.sequences]
     if s.epochs > 1:
         objective.prefix = find_prefix(bench.model, sites, seen, budget, bench.reporter.note)
-    objective.observe_original(bench.model, {u.index for step in steps for u in step if u.term == "retain"}, budget)
+    objective.observe_original(bench.model, retain_rows(steps), budget)
     factors = {site: Factors(torch.zeros(site.shape[0], s.rank), torch.zeros(s.rank, site.shape[1])) for site in sites}
     wrapped = lora.attach(bench.model, factors, s.rank, s.alpha, compensate=bench.init.compensated)
     records: list[dict[str, Any]] = []

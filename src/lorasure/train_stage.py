@@ -18,7 +18,7 @@ from .data.pairing import sample
 from .errors import DataError
 from .level import ROWS as LEVEL_ROWS
 from .level import Level
-from .objective import ForgetObjective, Unit, forget_steps, retain_penalty
+from .objective import ForgetObjective, Unit, forget_steps, retain_penalty, retain_rows
 from .outcome import RATE
 from .prefix import find_prefix
 from .progress import Reporter
@@ -40,7 +40,7 @@ def train_adapter(
     summary = artifacts.read_json(run / artifacts.SUMMARY)
     objective = bench.objective()
     steps = list(forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
-    used = {unit.index for step in steps for unit in step if unit.term == "retain"}
+    used = retain_rows(steps)
     before = _observe(bench, objective, steps, start, summary.get("before"))
     prefix = {"prefix": objective.prefix.about()} if objective.prefix else {}
     aim = _aim(bench) if bench.unseen and "stop" not in summary else {}
@@ -95,7 +95,7 @@ def _observe(
     A continued run does it again: each row must share its batch with the same others, for the same rounding.
     """
     seen = [example for step in steps for unit in step for example in unit.sequences]
-    used = {unit.index for step in steps for unit in step if unit.term == "retain"}
+    used = retain_rows(steps)
     if len(set(seen)) < len(seen):  # else nothing comes twice
         attempt = partial(find_prefix, bench.model, start.factors, seen, note=bench.reporter.note)
         objective.prefix = bench.within_memory(attempt, seen, "reference")
