@@ -54,7 +54,7 @@ def tiny_llama(seed: int = 0, layers: int = 2, **overrides: object) -> LlamaForC
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 2048,
         "initializer_range": 0.2,
         "bos_token_id": None,
         "eos_token_id": 256,

@@ -275,7 +275,7 @@ def test_attacks_that_do_not_apply_say_why(tokenizer, monkeypatch):
         with pytest.raises(NotRun, match=said):
             ATTACKS[name].run(changed)
     monkeypatch.setattr(v.plain.model.config, "max_position_embeddings", 90)
-    with pytest.raises(NotRun, match=r"3 examples and a question are \d+ tokens, the model takes 90"):
+    with pytest.raises(NotRun, match=r"3 examples and a question are up to \d+ tokens, the model takes 90"):
         ATTACKS["few-shot"].run(v)
     monkeypatch.setattr(attacks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotRun, match="bitsandbytes is not installed"):

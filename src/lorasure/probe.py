@@ -34,7 +34,7 @@ def probe(settings: ProbeSettings, reporter: Reporter | None = None) -> dict[str
             if given:
                 check_disjoint(data.read.rows, given.read.rows)
             text = _drawn(data, s)
-            control = _drawn(given, s) if given else exchanged(text, s.max_length)
+            control = _drawn(given, s) if given else exchanged(text, data.encoded.most)
         with reporter.stage("load model"):
             options = {"revision": s.revision, "allow_pickle": s.allow_pickle, "quantize": s.quantize}
             model = load_model(s.model, dtype=pick_dtype(s.dtype, device), device=device, **options)

@@ -75,6 +75,10 @@ class Encoded:
     """Places of the rows whose answer was cut at the end."""
     template: str
     """What `auto` became, or the template as given."""
+    most: int
+    """Tokens that an example may have."""
+    limit: str
+    """What says so: the setting, or the model."""
 
     def counts(self) -> dict[str, int | str]:
         """Rows, examples and tokens, ready for JSON. `answer_tokens` are those with loss."""
@@ -89,20 +93,26 @@ class Encoded:
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str = "auto", max_length: int, stride: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "auto",
+    max_length: int,
+    stride: int | None = None,
+    context: int | None = None,
 ) -> Encoded:
     """Tokenize rows, each by its kind.
 
     `qa`: the template's prompt, then the answer and end of text, tokenized apart, as in TOFU. With a chat template:
     its prompt, the answer, and what it puts after the answer. `chat`: the same, always by the chat template.
     `completion`: prompt and answer joined as they are, then end of text. `text`: windows of `max_length` tokens, each
-    with `stride` new ones and the rest as context without loss, so that every token but the very first has its loss
-    once; end of text closes the last.
+    with `stride` new ones (default: half of them) and the rest as context without loss, so that every token but the
+    very first has its loss once; end of text closes the last.
 
     `template` is a name in TEMPLATES or a text with `{question}` in it. Lengths are in tokens. Sequences longer than
-    `max_length` are cut at the end and counted. The date in a chat template is pinned to 26 July 2024, both the
-    `date_string` that Llama's templates take and the `strftime_now` that others call, so that results do not depend on
-    the day of the run.
+    `max_length`, or than `context`, what the model takes, are cut at the end and counted. The date in a chat template
+    is pinned to 26 July 2024, both the `date_string` that Llama's templates take and the `strftime_now` that others
+    call, so that results do not depend on the day of the run.
 
     Raises UsageError for a wrong setting, DataError if the tokenizer has no end of text or a prompt leaves no room.
     """
@@ -111,19 +121,20 @@ def encode(
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json.")
     name, text = resolved_template(template, tokenizer)
+    most, limit = min((max_length, "--max-length"), (context or max_length, "the model's context"))
     examples: list[Example] = []
     index: list[int] = []
     truncated: list[str] = []
     for number, row in enumerate(rows):
         if row.kind == "text":
-            found = _windows(row, tokenizer, max_length, stride)
+            found = _windows(row, tokenizer, most, stride or most // 2, limit)
         else:
             prompt, answer = _parts(row, tokenizer, text)
-            found = [_cut(row, prompt, answer, max_length)]
-            truncated += [row.place] * (len(prompt) + len(answer) > max_length)
+            found = [_cut(row, prompt, answer, most, limit)]
+            truncated += [row.place] * (len(prompt) + len(answer) > most)
         examples += found
         index += [number] * len(found)
-    return Encoded(tuple(examples), tuple(index), tuple(truncated), name)
+    return Encoded(tuple(examples), tuple(index), tuple(truncated), name, most, limit)
 
 
 def refusal_rows(rows: Sequence[Row], *, seed: int, refusals: Sequence[str] = REFUSALS) -> list[Row]:
@@ -240,22 +251,21 @@ def _reason(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     return ""
 
 
-def _cut(row: Row, prompt: list[int], answer: list[int], max_length: int) -> Example:
-    if max(len(prompt), 1) >= max_length:
-        n = len(prompt)
-        raise DataError(f"{row.place}: answer fully truncated: prompt has {n} tokens, --max-length is {max_length}.")
-    return Example(tuple((prompt + answer)[:max_length]), len(prompt), row.place, row.group)
+def _cut(row: Row, prompt: list[int], answer: list[int], most: int, limit: str) -> Example:
+    if max(len(prompt), 1) >= most:
+        raise DataError(f"{row.place}: answer fully truncated: prompt has {len(prompt)} tokens, {limit} is {most}.")
+    return Example(tuple((prompt + answer)[:most]), len(prompt), row.place, row.group)
 
 
-def _windows(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> list[Example]:
-    """Windows that end at max_length, max_length + stride, ... and at the end of the text, each as long as can be."""
-    if not 1 <= stride < max_length:
-        raise UsageError(f"--stride must be in [1, {max_length - 1}] (below --max-length), got {stride}.")
+def _windows(row: Row, tokenizer: PreTrainedTokenizerBase, most: int, stride: int, limit: str) -> list[Example]:
+    """Windows that end at most, most + stride, ... and at the end of the text, each as long as can be."""
+    if not 1 <= stride < most:
+        raise UsageError(f"--stride must be in [1, {most - 1}] (below {limit}), got {stride}.")
     ids = (*_ids(tokenizer, row.answer, special=True), _end(tokenizer))
     windows, seen = [], 0
     while seen < len(ids):
-        end = min(len(ids), seen + stride if seen else max_length)
-        begin = max(0, end - max_length)
+        end = min(len(ids), seen + stride if seen else most)
+        begin = max(0, end - most)
         windows.append(Example(ids[begin:end], seen - begin, row.place, row.group))
         seen = end
     return windows

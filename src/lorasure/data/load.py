@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import ModelSettings
@@ -47,7 +48,7 @@ class DataSet:
     def notes(self, name: str) -> list[str]:
         """One line for each kind of thing that happened to the rows."""
         counts = {
-            "truncated to --max-length": len(self.encoded.truncated),
+            f"truncated to {self.encoded.limit}": len(self.encoded.truncated),
             "skipped (blank)": len(self.read.skipped),
             "duplicates removed": len(self.read.duplicates),
         }
@@ -91,8 +92,30 @@ def layout(settings: ModelSettings) -> Layout:
     return Layout(**{key: getattr(settings, key) for key in keys})
 
 
-def encode_rows(rows: Sequence[Row], settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Tokenize rows by the settings."""
+def encode_rows(
+    rows: Sequence[Row], settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, *, fit: bool = True
+) -> Encoded:
+    """Tokenize rows by the settings, none longer than the model whose tokenizer it is takes (unless not to `fit`)."""
     s = settings
     template = s.template.replace("\\n", "\n")  # a shell passes the two characters on
-    return encode(rows, tokenizer, template=template, max_length=s.max_length, stride=s.stride or s.max_length // 2)
+    options = {"template": template, "max_length": s.max_length, "stride": s.stride}
+    return encode(rows, tokenizer, context=context(tokenizer) if fit else None, **options)
+
+
+def context(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that the model in the tokenizer's folder takes; None if there is none, or it does not say."""
+    folder = tokenizer.name_or_path
+    if not (folder and Path(folder, "config.json").is_file()):
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return takes(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception:  # a file that is no configuration: loading the model says what is wrong with it
+        return None
+
+
+def takes(config: Any) -> int | None:
+    """Tokens that a model takes by its configuration: all its positions, or those that rotary ones were made for."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 1 else None

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..config import OptimizerSettings
 from ..data.encode import resolved_template
-from ..data.examples import Row
-from ..data.load import encode_rows
+from ..data.examples import Example, Row
+from ..data.load import encode_rows, takes
 from ..data.pairing import sample
 from ..objective import learn, learn_steps
 from ..sites import all_sites, set_weight, weight
@@ -55,8 +55,10 @@ def _questions(victim: Victim) -> list[Row]:
 
 
 def _prefix(victim: Victim) -> Points:
-    change = partial(prefixed, tokenizer=victim.tokenizer)
-    return {None: victim.measure(victim.plain, _questions(victim), change=change)}
+    rows, change = _questions(victim), partial(prefixed, tokenizer=victim.tokenizer)
+    needed = max(len(change(item).example) for item in items(victim.plain, rows))
+    _check_room(victim, needed, "a question, the prefix and an answer")
+    return {None: victim.measure(victim.plain, rows, change=change)}
 
 
 def _paraphrase(victim: Victim) -> Points:
@@ -79,14 +81,19 @@ def _few_shot(victim: Victim) -> Points:
         raise NotRun(f"the retain set has not {SHOTS} rows of the same kind")
     longer = [with_examples(row, shots[row.kind], template) for row in rows]
     between = 4  # tokens, at most, of the blank line after an example
-    room = max(
-        sum(len(e) + between for e in encode_rows(found, s, victim.tokenizer).examples) for found in shots.values()
-    )
-    needed = max(len(item.example) for item in items(victim.plain, longer, s.max_length + room))
-    takes = getattr(victim.plain.model.config, "max_position_embeddings", None)
-    if takes is not None and needed > takes:
-        raise NotRun(f"{SHOTS} examples and a question are {needed} tokens, the model takes {takes}")
+    room = max(sum(len(e) + between for e in _encoded(victim, found)) for found in shots.values())
+    _check_room(victim, room + max(map(len, _encoded(victim, rows))), f"{SHOTS} examples and a question")
     return {SHOTS: victim.measure(victim.plain, longer, max_length=s.max_length + room)}
+
+
+def _encoded(victim: Victim, rows: Sequence[Row]) -> tuple[Example, ...]:
+    return encode_rows(rows, victim.settings, victim.tokenizer).examples
+
+
+def _check_room(victim: Victim, needed: int, what: str) -> None:
+    most = takes(victim.plain.model.config)
+    if most is not None and needed > most:
+        raise NotRun(f"{what} are up to {needed} tokens, the model takes {most}")
 
 
 def _prefill(victim: Victim) -> Points:
@@ -167,7 +174,7 @@ def _relearnt(victim: Victim, rows: Sequence[Row], steps: int | None, scored: Se
     """Scores along `steps` steps on `rows` (None: one epoch). The rate is constant: no point depends on the end."""
     victim.release()
     model, options = victim.load_trainable(), victim.options
-    examples = encode_rows(rows, victim.settings, victim.tokenizer).examples
+    examples = _encoded(victim, rows)
     settings = OptimizerSettings(
         lr=options.relearn_lr,
         batch_size=RELEARN_BATCH,

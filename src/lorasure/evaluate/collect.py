@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..data.examples import Example, collate, micro_batches
+from ..data.load import takes
 from ..forward import Progress, answer_records, base_of
 from ..forward import Record as Measured
 from ..memory import within_memory
@@ -167,14 +168,20 @@ def generate(
 ) -> list[tuple[str, int]]:
     """(text, number of tokens) of the model's answer to each prompt, batched, with a key-value cache.
 
-    Greedy, or as `sampling` (do_sample, temperature, num_return_sequences; then as many answers per prompt) says.
+    Greedy, or as `sampling` (do_sample, temperature, num_return_sequences; then as many answers per prompt) says. An
+    answer ends where the model takes no more tokens; such prompts are answered one by one, so that none ends another's.
     """
     tokenizer, model = subject.tokenizer, base_of(subject.model)
+    most = takes(model.config)
+    room = most - max(map(len, prompts)) if most else generation.new_tokens
+    new_tokens = max(1, min(generation.new_tokens, room))
+    if new_tokens < generation.new_tokens and len(prompts) > 1:
+        return [said for prompt in prompts for said in generate(subject, [prompt], generation, **sampling)]
     batch = collate(prompts, side="left").to(model.device)
     generated = subject.model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        max_new_tokens=generation.new_tokens,
+        max_new_tokens=new_tokens,
         use_cache=True,
         pad_token_id=tokenizer.eos_token_id,
         **({"do_sample": False} | sampling),

@@ -15,6 +15,8 @@ from ..data.examples import Example, Row
 from ..data.load import encode_rows
 from ..errors import DataError
 
+UNCUT = 1 << 16  # tokens: nothing is cut
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -35,7 +37,7 @@ class EvaluationSet:
     """Rows and what to measure on them. Rows may bring `paraphrased_answer` and `perturbed_answer` (a list).
 
     `membership`: also the values of the membership attacks; `gradient_norm`: that of the gradient among them.
-    `max_length`: in tokens, where the suite sets its own.
+    `max_length`: in tokens, where the suite sets its own; UNCUT: also of what is longer than the model takes.
     `change`: what is done to every item before it is measured, its tokens included.
     """
 
@@ -105,7 +107,7 @@ def items(subject: Subject, rows: Sequence[Row], max_length: int | None = None) 
         # Without wrong answers there is nothing to compare a paraphrase with; running text has neither.
         variants += [replace(row, answer=answer) for answer in (answers if wrong else answers[:1])]
         sizes.append(len(answers) if wrong else 1)
-    encoded = encode_rows(variants, settings, subject.tokenizer)
+    encoded = encode_rows(variants, settings, subject.tokenizer, fit=max_length != UNCUT)
     examples: list[list[Example]] = [[] for _ in variants]
     for example, variant in zip(encoded.examples, encoded.rows, strict=True):
         examples[variant].append(example)

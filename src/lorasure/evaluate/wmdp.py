@@ -22,7 +22,7 @@ from ..errors import DataError, NumericError, UsageError
 from ..forward import Progress
 from .collect import add_time, by_blocks, cut
 from .evaluation import Evaluation, Record
-from .items import EvaluationSet, Item, Subject, items
+from .items import UNCUT, EvaluationSet, Item, Subject, items
 from .metrics import Score, mean_score
 from .muse import source
 from .settings import SuiteSettings
@@ -37,7 +37,6 @@ HOMES = {
 }
 SEEDS = {name: seed for seed, name in enumerate(HOMES)}  # bootstrap: one per set
 LETTERS = "ABCD"
-LONGEST = 1 << 16  # tokens: nothing is cut here; lm-eval keeps the end of what the model has no room for
 BLOCK = 128  # questions of a subject that are asked and written together; it changes speed only
 
 
@@ -56,7 +55,8 @@ def load(settings: SuiteSettings) -> list[EvaluationSet]:
             raise DataError(f"{place}: no questions to read, it is empty.")
         if name == "mmlu" and 0 < settings.max_rows < len(rows):
             rows = [rows[i * len(rows) // settings.max_rows] for i in range(settings.max_rows)]
-        found.append(EvaluationSet(name, capped(rows, settings.max_rows), max_length=LONGEST))
+        # Nothing is cut here; lm-eval keeps the end of what the model has no room for.
+        found.append(EvaluationSet(name, capped(rows, settings.max_rows), max_length=UNCUT))
     return found
 
 
