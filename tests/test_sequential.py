@@ -103,6 +103,29 @@ def test_a_new_request_goes_on_top_and_other_orders_are_refused(
         assert error.count("\n") == 1 and message in error
 
 
+def test_all_steps_are_measured_on_the_same_rows_to_keep(
+    tmp_path: Path, requests: list[str], flags: list[str], capsys: Capture
+) -> None:
+    out, said = tmp_path / "out", "every step is measured again"
+    assert main(["sequence", requests[0], *flags]) == 0
+    first, began = read_json(out / "ledger.json")["measured"], (out / "request-1" / "summary.json").stat().st_mtime_ns
+    fewer = write_rows(tmp_path / "fewer.jsonl", [{"question": "Who keeps?", "answer": "I do."}])
+    assert main(["sequence", *requests[:2], *flags, "--lr", "5e-3"]) == 0  # another rate is the new request's own
+    assert said not in capsys.readouterr().err
+    measured = read_json(out / "ledger.json")["measured"]
+    assert measured["after_1"] == first["after_1"]
+    assert main(["sequence", *requests[:2], *flags, "--retain", str(fewer)]) == 0
+    assert said in capsys.readouterr().err
+    again = read_json(out / "ledger.json")["measured"]
+    assert {step: scores["retain_probability"]["n"] for step, scores in again.items()} == dict.fromkeys(again, 1)
+    assert again.keys() == {"before", "after_1", "after_2"}
+    for step, scores in again.items():
+        assert scores["request_1_probability"] == measured[step]["request_1_probability"]
+    assert (out / "request-1" / "summary.json").stat().st_mtime_ns == began
+    assert main(["sequence", *requests[:2], *flags, "--retain", str(fewer), "--template", "tofu-llama2"]) == 0
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -1,7 +1,8 @@
 """`lorasure sequence`: requests applied one after another, and every earlier one measured again after each.
 
 The folder holds ledger.json and a run per request (request-1, ...), each on the model that the one before left, merged.
-It grows: called again with more requests, only the new ones are applied.
+It grows: called again with more requests, only the new ones are applied. All steps are measured on the same rows to
+keep: called again with others, which a new request may ask for, all are measured again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .registry import lookup
 
 LEDGER = "ledger.json"
 BEFORE = "before"
+READ = ("template", "max_length", "stride", "dtype")  # settings that a measured value depends on
 MEASURED = ("probability", "exact_memorisation", "extraction_strength")  # what needs no generation
 FOLDS = 4  # requests of MUSE's protocols
 S = TypeVar("S", bound=Settings)
@@ -104,7 +106,7 @@ def sequence(
     for request in rows:
         check_disjoint(request, kept)
     requests = {f"request_{number}": request for number, request in enumerate(rows, 1)}
-    ledger = Ledger(settings, asked, rows, reporter)
+    ledger = Ledger(settings, asked, rows, kept, reporter)
     model = settings.model
     for number, request in enumerate(rows, 1):
         step = _step(number, model, asked, settings)
@@ -174,10 +176,15 @@ def _applied(step: Step, rows: Sequence[Row]) -> bool:
 
 
 class Ledger:
-    """ledger.json: the requests, by source, number of rows and hash, and what was measured at each step."""
+    """ledger.json: the requests, by source, number of rows and hash, and what was measured, on what, at each step."""
 
     def __init__(
-        self, settings: SequenceSettings, asked: Plan, rows: Sequence[Sequence[Row]], reporter: Reporter
+        self,
+        settings: SequenceSettings,
+        asked: Plan,
+        rows: Sequence[Sequence[Row]],
+        kept: Sequence[Row],
+        reporter: Reporter,
     ) -> None:
         self.settings, self.asked, self.reporter, self.out = settings, asked, reporter, Path(settings.out)
         first = self.out / "request-1"
@@ -193,15 +200,21 @@ class Ledger:
                 {"source": request, "rows": len(found), "sha256": rows_hash(found), "run": f"request-{number}"}
                 for number, (request, found) in enumerate(zip(asked.requests, rows, strict=True), 1)
             ],
+            "measured_on": {"retain": rows_hash(kept)} | {name: getattr(settings, name) for name in READ},
         }
         there = (self.out / LEDGER).exists() and not settings.overwrite
         with artifacts.as_written(self.out / LEDGER):
-            stored = artifacts.read_json(self.out / LEDGER)["measured"] if there else {}
+            ledger = artifacts.read_json(self.out / LEDGER) if there else self.about | {"measured": {}}
+            stored = ledger["measured"]
             self.measured = {  # in the order of the steps, which a JSON file does not keep
                 step: {name: Score.from_json(score) for name, score in stored[step].items()}
                 for step in [BEFORE, *(f"after_{number}" for number in range(1, len(rows) + 1))]
                 if step in stored
             }
+            same = ledger.get("measured_on") == self.about["measured_on"]
+        if not same:
+            self.measured = {}
+            reporter.note("Measured on other rows to keep, or in another way, until now: every step is measured again.")
 
     def drop_from(self, number: int) -> None:
         """Forget what was measured when this request, now to be applied anew, and later ones had been applied."""
