@@ -135,6 +135,18 @@ def test_a_trial_leaves_the_shared_model_bit_for_bit(spec, out):
     assert again["scores"] == first["scores"] and first["state"] == "complete"
 
 
+@pytest.mark.parametrize("process", [os.getpid(), 1])
+def test_importance_that_a_killed_worker_left_unfinished_goes(spec, out, tmp_path, process):
+    trial = Trial("vila", 0, {"lr": 0.01, "coverage": 0.5})
+    key = Path(runner(spec(), tmp_path / "other").settings(trial, out).importance).name
+    left = out / IMPORTANCE / f".{key}.partial-{process}"
+    bench = runner(spec(), out)
+    left.mkdir()
+    (left / "importance.safetensors").write_bytes(b"half")
+    assert bench.run(trial)[0]["state"] == "complete"
+    assert [path.name for path in (out / IMPORTANCE).iterdir()] == [key]
+
+
 def test_an_interrupted_trial_goes_on_from_its_checkpoint_to_the_same_scores(spec, out, tmp_path, monkeypatch):
     trial = Trial("plain", 0, {"lr": 0.01})
     whole, _ = runner(spec(), tmp_path / "whole").run(trial)

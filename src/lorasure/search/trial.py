@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -139,6 +140,8 @@ class Runner:
         path = self.folder / IMPORTANCE / key
         with queued(path):
             if not path.is_dir():
+                for left in path.parent.glob(f".{key}.partial-*"):  # by a worker that was killed
+                    shutil.rmtree(left)
                 with artifacts.sealed_folder(path) as folder:
                     measure_importance(bench, folder)
         return path
