@@ -17,7 +17,7 @@ from lorasure.train import fit
 from test_lora import ALPHA, RANK, random_start
 from test_train import settings, trained
 
-LAYERS = 6
+LAYERS, ADAPTED = 6, ("v_proj", "down_proj")
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def fast(monkeypatch):
 
 def adapted(left_out: str = ""):
     model = tiny_llama(layers=LAYERS)
-    sites = [site for site in all_sites(model) if not left_out or left_out not in site.module]
+    sites = [site for site in all_sites(model) if site.module.endswith(ADAPTED)]  # few, as tracing takes long
+    sites = [site for site in sites if not left_out or left_out not in site.module]
     return lora.attach(model, random_start(sites), RANK, ALPHA, compensate=True)
 
 
@@ -54,8 +55,9 @@ def test_steps_are_those_without_it_by_one_program(fast, checkpointing):
     assert not any("forward" in vars(layer) for layer in decoder_layers(faster))
 
 
-def test_layers_of_another_make_are_left_out(fast):
+def test_layers_of_another_make_are_left_out(fast, monkeypatch):
     """The third layer has no adapter in its MLP: a program of its own would take as long again to make."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     wrapped = adapted(left_out="layers.2.mlp")
     layers = decoder_layers(wrapped)
     with compiled(wrapped.get_base_model()):
