@@ -27,13 +27,13 @@ def opened(tmp_path):
     return open_it
 
 
-def run_all(study, value=lambda trial: 0.5):
+def run_all(study, value=lambda trial: 0.5, result=lambda trial: DONE):
     """Run what is left; the trials run."""
     done = []
     while not study.finished:
         with study.next_trial() as trial:
             if trial:
-                study.finish(trial, DONE, value(trial))
+                study.finish(trial, result(trial), value(trial))
                 done.append(trial)
     return done
 
@@ -121,6 +121,23 @@ def test_tpe_learns_from_what_was_measured(opened, tmp_path):
     (tmp_path / JOURNAL).unlink()
     blind = run_all(opened(trials=30, methods=("a",)), near)
     assert sum(map(near, guided[10:])) < 0.6 * sum(map(near, blind[10:]))
+
+
+def test_tpe_learns_from_how_far_stopped_trials_came(opened, tmp_path):
+    """Where nearly all are stopped, what they are charged says which way is better."""
+
+    def near(trial):
+        return 1 + abs(trial.params["rank"] - 3) / 10
+
+    def stopped(trial):
+        return DONE if trial.index == 0 else {"state": "stopped", "reason": "it broke", "seconds": 0.0}
+
+    study = opened(trials=30, methods=("a",), sampler="tpe")
+    guided = run_all(study, near, stopped)
+    assert [line["state"] for line in opened(trials=30, methods=("a",)).lines()] == ["complete"] + ["stopped"] * 29
+    (tmp_path / JOURNAL).unlink()
+    blind = run_all(opened(trials=30, methods=("a",)), near)
+    assert sum(near(t) - 1 for t in guided[10:]) < 0.6 * sum(near(t) - 1 for t in blind[10:])
 
 
 def test_the_journal_is_private(opened, tmp_path):

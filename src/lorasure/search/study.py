@@ -17,7 +17,6 @@ from typing import Any
 
 from ..errors import ResourceError, UsageError
 from ..lock import locked, queued
-from .choose import COMPLETE
 from .spec import Range, Spec
 
 JOURNAL = "study.journal"
@@ -83,13 +82,14 @@ class Study:
             yield found
 
     def finish(self, trial: Trial, result: dict[str, Any], value: float) -> None:
-        """Put down what came of a trial: its `result`, whose `state` is COMPLETE or STOPPED, and what is minimised."""
+        """Put down what came of a trial: its `result`, whose `state` is COMPLETE or STOPPED, and what is minimised.
+
+        To optuna a stopped one is complete as well: of those it calls pruned, its samplers do not look at the value.
+        """
         with self._alone():
             number = self._trials(trial.method)[trial.index]._trial_id
             self.storage.set_trial_user_attr(number, "result", result)
-            states = self.optuna.trial.TrialState
-            state = states.COMPLETE if result["state"] == COMPLETE else states.PRUNED
-            self.storage.set_trial_state_values(number, state, [value])
+            self.storage.set_trial_state_values(number, self.optuna.trial.TrialState.COMPLETE, [value])
 
     def lines(self) -> list[dict[str, Any]]:
         """Every trial so far, method by method: method, trial, params, state, and its result."""
