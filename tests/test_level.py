@@ -69,7 +69,7 @@ def test_a_step_at_rest_follows_the_retain_loss_alone(settings, monkeypatch):
     monkeypatch.setattr(
         train,
         "_backward",
-        lambda *a: (seen.append(dict(a[4])), real(*a))[1],
+        lambda *a: (seen.append(dict(a[3])), real(*a))[1],
     )
     pipeline.forget(settings("again"))
     assert [w["forget"] for w in seen] == weights and all(w["retain"] == 1.0 for w in seen)

@@ -283,3 +283,12 @@ def test_the_penalty_equals_its_formula_and_is_trained_on():
     fit(wrapped, steps, objective, settings(), token_budget=30, penalty=penalty, on_step=records.append)
     assert records[0]["penalty"] == pytest.approx(before, rel=1e-5)  # once a step, however the step is cut
     assert records[-1]["penalty"] < 0.99 * before
+
+
+def test_what_a_launcher_leaves_in_the_environment_does_not_change_a_step(monkeypatch):
+    """`accelerate launch --mixed_precision bf16`, with or without gradients to be accumulated: the step is ours."""
+    (_, plain), environment = run(), {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4"}
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    _, launched = run()
+    assert [r["grad_norm"] for r in launched] == [r["grad_norm"] for r in plain]

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
@@ -150,12 +149,8 @@ def fit(
     model.
     """
     training = Training.begin(model, settings, len(steps), token_budget, shares)
-    # The model stays where it is. Naming a device here would fix it for the whole process, in accelerate's own state.
-    accelerator = Accelerator(device_placement=False)
     model.eval()
-    # Not for several processes: DDP wants as many passes in each, and averages. Here a step's sums are added up, once.
-    wrapped = accelerator.prepare(model) if processes.size() == 1 else model
-    step_of = partial(_step, training, accelerator, partial(objective, wrapped), settings)
+    step_of = partial(_step, training, partial(objective, model), settings)
     step_of = partial(step_of, term_weights or {}, penalty, ceilings or {}, on_guard or (lambda _: None))
     with (
         compiled(base_of(model)) if settings.compile else nullcontext(),
@@ -183,7 +178,6 @@ def fit(
 
 def _step(
     training: Training,
-    accelerator: Accelerator,
     objective: Callable[[Sequence[Unit]], Sums],
     settings: OptimizerSettings,
     term_weights: Mapping[str, float],
@@ -200,14 +194,14 @@ def _step(
     def attempt(token_budget: int) -> Sums:
         training.optimizer.zero_grad()  # all that an attempt before this one has changed
         groups = processes.share(micro_batches(lengths, token_budget))
-        return _backward(accelerator, objective, step, groups, term_weights)
+        return _backward(objective, step, groups, term_weights)
 
     where = f"train, step {number}"
     means, training.token_budget = within_memory(attempt, training.token_budget, lengths, where, fired)
     means = _add_up(means, list(training.parameters.values()), {unit.term for unit in step})
     if penalty:  # of the weights alone, so it is the same in every process
         means["penalty"] = penalty()
-        accelerator.backward(means["penalty"])
+        means["penalty"].backward()
     losses = {name: value.item() for name, value in means.items()}
     norm = _finite_norm(number, losses, training.parameters)
     training.first = training.first or losses
@@ -228,7 +222,6 @@ def _step(
 
 
 def _backward(
-    accelerator: Accelerator,
     objective: Callable[[Sequence[Unit]], Sums],
     step: Sequence[Unit],
     groups: Sequence[Sequence[int]],
@@ -240,7 +233,7 @@ def _backward(
     for group in groups:
         sums = objective([step[i] for i in group])
         terms = {name: value / counts[name] for name, value in sums.items()}
-        accelerator.backward(torch.stack([term_weights.get(name, 1.0) * value for name, value in terms.items()]).sum())
+        torch.stack([term_weights.get(name, 1.0) * value for name, value in terms.items()]).sum().backward()
         for name, value in terms.items():
             means[name] = means.get(name, 0) + value.detach()
     return means
