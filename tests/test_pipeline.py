@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny_model
 from conftest import write_rows
-from lorasure import artifacts, check, folders, lora, pipeline, stages, train
+from lorasure import artifacts, check, finetune, folders, lora, pipeline, stages, train
 from lorasure.check import check_export
-from lorasure.config import ForgetSettings
+from lorasure.config import FinetuneSettings, ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError
 from lorasure.init.apply import INITS
 from lorasure.losses.forget import FORGET_LOSSES
@@ -118,6 +118,16 @@ def test_merged_weights_equal_base_and_adapter(settings, model_folder):
         torch.testing.assert_close(
             merged(ids).logits, PeftModel.from_pretrained(base, result.adapter)(ids).logits, atol=1e-4, rtol=0
         )
+
+
+def test_whole_models_that_are_written_have_the_configuration_of_the_base(settings, model_folder, tmp_path):
+    """With its key-value cache, too: others generate with them."""
+    base = artifacts.read_json(model_folder / "config.json")
+    merged = pipeline.forget(settings(merge=True, epochs=1)).folder / "merged"
+    given = {"model": str(model_folder), "data": settings().retain, "epochs": 1, "out": str(tmp_path / "tuned")}
+    tuned = finetune.finetune(FinetuneSettings(**given))
+    assert base["use_cache"] is True
+    assert artifacts.read_json(merged / "config.json") == artifacts.read_json(tuned / "config.json") == base
 
 
 def test_same_seed_same_bytes_and_batching_changes_only_rounding(settings):

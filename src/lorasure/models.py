@@ -131,7 +131,6 @@ def load_model(
         loaded = loaded.to(device)
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"--model {model} does not fit in the memory of {device} as {dtype}.") from error
-    loaded.config.use_cache = False
     loaded = loaded.eval()
     for module in loaded.modules():  # of bitsandbytes, on a CPU: a faster product that has no gradient
         if hasattr(module, "support_avx512bf16_for_cpu"):
