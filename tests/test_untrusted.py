@@ -562,7 +562,7 @@ def test_a_run_folder_that_was_tampered_with(finished, tmp_path, capfd, name, ch
     change(run / name)
     artifacts.write_manifest(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert cli.main([command, str(run)]) == code
+    assert cli.main([command, str(run), *(["--overwrite"] if command in ("init", "train") else [])]) == code
     err = capfd.readouterr().err.splitlines()
     assert err[-1].startswith("lorasure: ") and err[-1].isprintable()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -124,8 +124,7 @@ class Importance:
 
     def _check_moments(self, site: Site) -> None:
         """The file may be anybody's: its moments must be finite numbers that fit the layer."""
-        (out, inner), k = site.shape, self.probe.rank
-        shapes = {"W": (out, inner), "B": (out, k), "rows": (out, k), "A": (k, inner), "columns": (k, inner)}
+        shapes = self.probe.shapes(site)
         for measured in (self.forget, self.retain):
             for factor, kept in measured[site.name].items():
                 for tensor in kept.tensors().values():
