@@ -66,7 +66,7 @@ def plan(found: Mapping[str, Any], as_json: bool = False) -> None:
 
 
 def scores(found: Mapping[str, Any], title: str, as_json: bool = False) -> None:
-    """Scores with n and interval as a table, then what is undefined and why; or one JSON object on standard output."""
+    """Scores with n and interval as a table, then what is undefined and why, and notes; or one JSON object."""
     plain = {name: score.to_json() for name, score in found.items()}
     if as_json:
         print(json.dumps(plain, indent=2, allow_nan=False))
@@ -76,15 +76,17 @@ def scores(found: Mapping[str, Any], title: str, as_json: bool = False) -> None:
         Column("score", no_wrap=True), Column("value", justify="right", no_wrap=True), Column("n", justify="right"), ""
     )
     table.title, table.title_justify = f"{title} (95 % interval)", "left"
-    undefined: dict[str, list[str]] = {}
+    below: dict[tuple[str, str], list[str]] = {}
     for name, score in plain.items():
         if score["value"] is None:
-            undefined.setdefault(score["reason"], []).append(name)
-        else:
-            table.add_row(name, _interval(score), str(score["n"]), _remark(score))
+            below.setdefault(("undefined", score["reason"]), []).append(name)
+            continue
+        table.add_row(name, _interval(score), str(score["n"]), _test(score))
+        if "note" in score:
+            below.setdefault(("note", score["note"]), []).append(name)
     console.print(table)
-    for reason, names in undefined.items():
-        console.print(f"undefined: {', '.join(names)}: {reason}.", markup=False, soft_wrap=True)
+    for (kind, text), names in below.items():
+        console.print(f"{kind}: {', '.join(names)}: {text}.", markup=False, soft_wrap=True)
 
 
 def steps(measured: Mapping[str, Mapping[str, Any]], folder: str, as_json: bool = False) -> None:
@@ -151,10 +153,9 @@ def _name(line: Mapping[str, Any], score: str) -> str:
     return "_".join([line["subject"], line["attack"], *point, score])
 
 
-def _remark(score: Mapping[str, Any]) -> str:
-    if "statistic" in score:
-        return f"p = {score['p']:.3g}, D = {score['statistic']:.4f}, {score['method']}"
-    return str(score.get("note", ""))
+def _test(score: Mapping[str, Any]) -> str:
+    """Of a score that comes from one, else nothing."""
+    return f"p = {score['p']:.3g}, D = {score['statistic']:.4f}, {score['method']}" if "p" in score else ""
 
 
 def _interval(score: Mapping[str, Any]) -> str:
