@@ -6,13 +6,16 @@ import copy
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from architectures import tiny_model
-from conftest import random_examples, tiny_llama
+from conftest import random_examples, tiny_llama, write_rows
+from lorasure import pipeline
+from lorasure.config import ForgetSettings
 from lorasure.data.examples import Example, collate
 from lorasure.errors import DataError, NumericError, UsageError
 from lorasure.importance import collect, measure
@@ -278,3 +281,14 @@ def test_a_layer_used_twice_per_pass_is_refused() -> None:
     with pytest.raises(UsageError, match="more than once per pass") as error:
         moments(model, all_sites(model), EXAMPLES, LORA, token_budget=30)
     assert "layers.0.mlp.up_proj" in str(error.value)
+
+
+def test_windows_of_another_stride_are_other_examples(model_folder, tmp_path):
+    texts = {n: "".join(chr(97 + (i * k) % 26) for i in range(90)) for k, n in ((3, "forget"), (5, "retain"))}
+    paths = {name: str(write_rows(tmp_path / f"{name}.jsonl", [{"text": text}])) for name, text in texts.items()}
+    given: dict[str, Any] = {"model": str(model_folder), **paths, "init": "vila", "rank": 2, "max_length": 24}
+    first = pipeline.importance_command(ForgetSettings(**given, retain_rows=2, out=str(tmp_path / "first")))
+    again = {"importance": str(first), "retain_rows": 2, "epochs": 1, "lr": 1e-3}
+    with pytest.raises(DataError, match="measured on another stride"):
+        pipeline.forget(ForgetSettings(**given, **again, stride=6, out=str(tmp_path / "other")))
+    pipeline.forget(ForgetSettings(**given, **again, stride=12, out=str(tmp_path / "same")))  # half, as by default

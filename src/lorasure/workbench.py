@@ -177,14 +177,14 @@ class Workbench:
     def about(self) -> dict[str, Any]:
         """Fingerprints of model and data: what importance depends on."""
         forget, retain = self.data
-        s = self.settings
         return {
             "model": {k: v for k, v in self.fingerprint.items() if k != "source"},
             "forget": rows_hash(forget.read.rows),
             "retain": rows_hash(retain.read.rows),
             "retain rows": len(self.measured_retain),
             "template": forget.encoded.template,
-            "max length": s.max_length,
+            "max length": forget.encoded.most,
+            "stride": self.settings.stride or forget.encoded.most // 2,
             "dtype": dtype_name(self.dtype),
         }
 
