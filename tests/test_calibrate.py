@@ -120,6 +120,7 @@ def test_a_rate_given_to_a_continued_run_is_the_one_advised_on(settings, monkeyp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_stage, "logged_fit", stop)
         pipeline.forget(settings())
+    monkeypatch.setattr(stages, "HARDLY_KNOWN", 0)  # the model is untrained
     found = pipeline.forget(settings(resume=True, lr=1e-9, allow_change="lr")).summary
     assert found["learning_rate"]["rate"] > 1e-9  # what auto had found stays on record
     assert "--lr 3e-09" in found["verdict"]["text"]

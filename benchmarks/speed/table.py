@@ -61,7 +61,7 @@ SIZES = ("width", "vocabulary", "rank", "length")
 BARS = [
     Bar("importance, one pass", "published", 8, _ratio("importance", "published")),
     Bar("importance, one pass", "typical", 1.1, _ratio("importance", "typical")),
-    Bar("importance as published, ten times that pass", "published", 80, lambda r: 10 * _ratio("importance", "published")(r)),
+    Bar("importance as published: ten times", "published", 80, lambda r: 10 * _ratio("importance", "published")(r)),
     Bar("importance of all weights, one pass", "published", 5, _ratio("importance_full", "published")),
     Bar("initialisation", "published", None, _ratio("init", "published")),
     Bar("initialisation", "typical", None, _ratio("init", "typical")),

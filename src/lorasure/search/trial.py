@@ -57,11 +57,6 @@ class Floor(Utility):
             raise Broken(step, share)
         return False
 
-    @property
-    def good(self) -> list[int]:
-        """None is put back at the end."""
-        return []
-
 
 class Runner:
     """What a worker loads once for all of its trials: the model, and the data to forget, to keep and to measure on."""
