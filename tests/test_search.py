@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,19 @@ def wait_for(condition, process, seconds=90):
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.02)
+
+
+def test_a_worker_beside_the_first_shows_no_warnings_of_libraries_either(spec, out, monkeypatch, capsys):
+    def warn(*_):
+        warnings.warn_explicit("is deprecated", FutureWarning, "its.py", 1, module="transformers.modeling_utils")
+
+    for name in ("Runner", "Study", "_share_cores"):
+        monkeypatch.setattr(command, name, lambda *_: None)
+    monkeypatch.setattr(command, "work", warn)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        command._helper(spec(), out, 1, 2)
+    assert not seen and capsys.readouterr().err == ""
 
 
 def finished(out):

@@ -260,7 +260,7 @@ def _dispatch(name: str, rest: list[str]) -> int:
         kept = {f.name: "that of RUN" for f in fields(command.settings) if f.default is MISSING}
         stored = _stored_settings(places[0]) if places else kept
     settings = parse(f"{name} {command.places}".strip(), command.title, command.settings, rest[count:], stored, EPILOG)
-    _quiet_libraries()
+    quiet_libraries()
     return command.run(*([places] if command.places.endswith("...") else places), settings) or 0
 
 
@@ -289,7 +289,7 @@ def _overview() -> str:
     )
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Warnings of libraries underneath that a user can do nothing about; no telemetry, no tokenizer thread noise."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
