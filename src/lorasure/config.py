@@ -109,7 +109,7 @@ class ModelSettings(Settings):
         "how a question becomes a prompt: auto (the model's chat template, else qa), qa, chat, tofu-phi, tofu-llama2, "
         "or your own text with {question} in it (\\n is a new line)",
     )
-    max_length: int = option(512, "longest example in tokens; longer ones are cut and counted", low=2)
+    max_length: int = option(512, "most tokens of an example, or all a model takes; the rest is cut and counted", low=2)
     stride: int | None = option(None, "new tokens per window of plain text (default: half of --max-length)", low=1)
     tokens_per_batch: int | None = option(
         None,
