@@ -136,7 +136,7 @@ def test_a_trial_leaves_the_shared_model_bit_for_bit(spec, out):
     assert again["scores"] == first["scores"] and first["state"] == "complete"
 
 
-@pytest.mark.parametrize("process", [os.getpid(), 1])
+@pytest.mark.parametrize("process", [os.getpid(), 1], ids=["its own number", "another"])
 def test_importance_that_a_killed_worker_left_unfinished_goes(spec, out, tmp_path, process):
     trial = Trial("vila", 0, {"lr": 0.01, "coverage": 0.5})
     key = Path(runner(spec(), tmp_path / "other").settings(trial, out).importance).name
