@@ -86,7 +86,7 @@ def test_a_list_of_methods_names_initialisations(tmp_path):
         ({"ranges": {"solver": ["rows", "colums"]}}, "Unknown --solver 'colums'"),
         (
             {"ranges": {"loss": ["bga", "npo"], "delta": [None, 1.0]}},
-            "methods: plain: where ranges meet: delta is not a setting of 'npo'",
+            "methods: plain: where ranges meet: --delta is not a setting of 'npo'",
         ),
         (
             {"methods": {"a": {"ranges": {"init": ["vila", "sketch"], "score": ["variance", "absolute"]}}}},

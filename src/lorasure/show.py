@@ -155,7 +155,7 @@ def _name(line: Mapping[str, Any], score: str) -> str:
 
 def _test(score: Mapping[str, Any]) -> str:
     """Of a score that comes from one, else nothing."""
-    return f"p = {score['p']:.3g}, D = {score['statistic']:.4f}, {score['method']}" if "p" in score else ""
+    return f"p = {score['p']:.3g}, D = {score['statistic']:.4f}, {score['method']}" if "statistic" in score else ""
 
 
 def _interval(score: Mapping[str, Any]) -> str:
