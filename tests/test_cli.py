@@ -517,3 +517,12 @@ def test_other_formats_and_templates(base, tmp_path, capsys):
     arguments = replaced(base, "--forget", tmp_path / "chat.jsonl")
     code = cli.main(["importance", *arguments, "--out", str(tmp_path / "chat")])
     assert code in (2, 3) and "chat template" in capsys.readouterr().err  # the tiny tokenizer has none
+
+
+def test_threads_that_wait_soon_give_way_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    cli.quiet_libraries()
+    assert os.environ["GOMP_SPINCOUNT"] == "3000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    cli.quiet_libraries()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
