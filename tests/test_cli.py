@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import tiny_llama, write_rows
-from lorasure import artifacts, cli, interrupt, pipeline, stages, train_stage
+from lorasure import artifacts, cli, interrupt, libraries, pipeline, stages, train_stage
 from lorasure.attacking import GATE_FAILED
 from lorasure.errors import INTERRUPTED, LorasureError
 from lorasure.failures import MISTAKE
@@ -521,8 +521,8 @@ def test_other_formats_and_templates(base, tmp_path, capsys):
 
 def test_threads_that_wait_soon_give_way_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    cli.quiet_libraries()
+    libraries.settle()
     assert os.environ["GOMP_SPINCOUNT"] == "3000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    cli.quiet_libraries()
+    libraries.settle()
     assert os.environ["GOMP_SPINCOUNT"] == "7"

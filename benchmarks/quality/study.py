@@ -215,7 +215,8 @@ def to_run(groups: list[str], starts: list[str]) -> list[tuple[str, str, dict[st
 
 def by_the_floor(group: str, starts: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
     """The starts as the paper's rule chooses, where that is another trial: one may miss KEPT by little."""
-    other = [row for row in chosen(group, starts, FLOOR) if row not in chosen(group, starts)]
+    strict = chosen(group, starts)
+    other = [row for row in chosen(group, starts, FLOOR) if row not in strict]
     return [(f"{start}, {FLOOR:.0%} kept", loss, settings) for start, loss, settings in other]
 
 

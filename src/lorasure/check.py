@@ -31,6 +31,13 @@ def states_of(model: Any, examples: Iterable[Example]) -> list[Tensor]:
     return [answers.states.cpu() for answers in answers_of(model, examples)]
 
 
+def trained_and_original(wrapped: Any, examples: Sequence[Example]) -> tuple[list[Tensor], list[Tensor]]:
+    """The `states_of` a model with its adapter, and without it."""
+    trained = states_of(wrapped, examples)
+    with wrapped.disable_adapter():
+        return trained, states_of(wrapped, examples)
+
+
 def check_handed_over(
     handed: Sequence[Tensor], trained: Sequence[Tensor], original: Sequence[Tensor], dtype: torch.dtype
 ) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import __version__, config
+from . import __version__, config, libraries
 from .baselines.settings import OTHERS
 from .config import Settings
 from .errors import UsageError, escaped, one_line
@@ -260,7 +259,7 @@ def _dispatch(name: str, rest: list[str]) -> int:
         kept = {f.name: "that of RUN" for f in fields(command.settings) if f.default is MISSING}
         stored = _stored_settings(places[0]) if places else kept
     settings = parse(f"{name} {command.places}".strip(), command.title, command.settings, rest[count:], stored, EPILOG)
-    quiet_libraries()
+    libraries.settle()
     return command.run(*([places] if command.places.endswith("...") else places), settings) or 0
 
 
@@ -287,13 +286,6 @@ def _overview() -> str:
             EPILOG,
         ]
     )
-
-
-def quiet_libraries() -> None:
-    """No warnings that a user can do nothing about, no telemetry, no threads that wait at full speed (docs/log.md)."""
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "3000"}
-    os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
 
 
 if __name__ == "__main__":

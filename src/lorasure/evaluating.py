@@ -26,7 +26,7 @@ from .evaluate.metrics import Score
 from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings
 from .evaluate.suites import SUITES, Suite
 from .forward import base_of
-from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .outcome import ABOUT_ASSISTANT, ASSISTANT
 from .progress import Reporter
 from .registry import lookup
@@ -140,7 +140,7 @@ def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[Evaluatio
         "adapter": adapter,
         "template": resolved_template(settings.template, subject.tokenizer)[0],
         "tokenizer": tokenizer_hash(subject.tokenizer),
-        "dtype": str(base_of(subject.model).dtype).removeprefix("torch."),
+        "dtype": dtype_name(base_of(subject.model).dtype),
         "sets": {s.name: {"rows": len(s.rows), "sha256": rows_hash(s.rows)} for s in sets},
         "borrowed": any("borrowed" in row.extra for s in sets for row in s.rows),
         "settings": located,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .footprint import Footprint, Rows, Shapes, peak
 from .importance.activations import room_on
 from .layers import decoder_layers
 from .models import load_shapes
-from .objective import Unit, forget_steps, retain_rows
+from .objective import retain_rows, run_steps
 from .prefix import ROOM, lowest_layer
 from .workbench import Workbench
 
@@ -30,7 +30,8 @@ def footprint(bench: Workbench) -> Footprint:
     model = load_shapes(s.model, s.revision, s.allow_pickle)
     sites = bench.sites_of(model)
     shapes = Shapes.of(model, sites, bench.dtype)
-    objective, steps = bench.objective(), list(run_steps(bench))
+    objective = bench.objective()
+    steps = list(run_steps(objective, s))  # of all epochs: in each other retain rows may be met
     rows = [_rows(max(unit.sequences, key=len) for unit in step for _ in unit.sequences) for step in steps]
     measured = [*bench.data[0].examples, *bench.measured_retain]
     quantised = getattr(model.config, "quantization_config", None)
@@ -62,12 +63,6 @@ def footprint(bench: Workbench) -> Footprint:
     if objective.uses_original_states:
         kept += sum(objective.retain[i].answer_length for i in retain_rows(steps)) * shapes.hidden * shapes.width
     return replace(found, kept=kept, room=room_on(bench.device, found.weights))
-
-
-def run_steps(bench: Workbench) -> Iterator[list[Unit]]:
-    """The steps of all epochs: in each other retain rows may be met."""
-    s = bench.settings
-    return forget_steps(bench.objective(), epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
 
 
 def _rows(examples: Iterable[Example]) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .losses.forget import LossFunction, needs
 from .original import FINAL, PREFIX, RECORD, observe
 from .packing import batch_of
 from .prefix import Prefix
+
+if TYPE_CHECKING:
+    from .config import ForgetSettings
 
 Sums = dict[str, Tensor]
 
@@ -147,6 +150,12 @@ def forget_steps(
         order = pairs(*groups, epoch=epoch, seed=seed, mode=pairing)
         for start in range(0, len(order), batch_size):
             yield objective.step(order[start : start + batch_size])
+
+
+def run_steps(objective: ForgetObjective, settings: ForgetSettings) -> Iterator[list[Unit]]:
+    """The units of every step of a run with these settings."""
+    s = settings
+    return forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
 
 
 def retain_rows(steps: Iterable[Sequence[Unit]]) -> set[int]:

@@ -18,7 +18,7 @@ from . import lora
 from .calibrate import forget_ramp
 from .config import AUTO, ForgetSettings
 from .data.examples import Example, micro_batches
-from .fitting import fit_memory, footprint, free_memory, run_steps
+from .fitting import fit_memory, footprint, free_memory
 from .footprint import Part, peak
 from .forward import answer_records
 from .importance.activations import InGroups, room_on, second_moments
@@ -27,7 +27,7 @@ from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
-from .objective import forget_steps, retain_rows
+from .objective import forget_steps, retain_rows, run_steps
 from .prefix import find_prefix
 from .progress import Reporter
 from .sites import Site
@@ -73,8 +73,9 @@ def seconds(bench: Workbench) -> dict[str, float]:
     """Seconds per stage, in the order of a run: the median time per token of a few passes, times all tokens."""
     s = bench.settings
     measured = [*bench.data[0].examples, *bench.measured_retain]
-    seen = [example for step in run_steps(bench) for unit in step for example in unit.sequences]
-    ramp = sum(len(e) for step in forget_ramp(bench.objective(), s) for unit in step for e in unit.sequences)
+    objective = bench.objective()
+    seen = [example for step in run_steps(objective, s) for unit in step for example in unit.sequences]
+    ramp = sum(len(e) for step in forget_ramp(objective, s) for unit in step for e in unit.sequences)
     with bench.reporter.stage("calibrate"):
         per_token, evidence, sites = _try_measuring(bench)
         init = _try_init(bench, sites, evidence)

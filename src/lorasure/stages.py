@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import artifacts, card, lora
-from .check import answers_of, check_export, check_handed_over, states_of
+from .check import answers_of, check_export, check_handed_over, states_of, trained_and_original
 from .data.examples import Example
 from .errors import DataError, NumericError
 from .evaluate.metrics import HARDLY_KNOWN, STILL_KNOWN, UTILITY_FLOOR, Score, probability
@@ -166,16 +166,15 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
     for made in (artifacts.ADAPTER, artifacts.MERGED):  # by an attempt that was interrupted here
         shutil.rmtree(run / made, ignore_errors=True)
     with bench.reporter.stage("export"):
-        trained = states_of(wrapped, probes)
-        with wrapped.disable_adapter():
-            original = states_of(wrapped, probes)
+        whole = not s.export_rank and s.export_scale == 1
+        meant = trained_and_original(wrapped, probes) if whole else None  # None: another adapter is what is asked for
         wrapped = lora.bake(wrapped, s.export_scale)
         compression = None
         if s.export_rank:
             wrapped, compression = lora.compressed(wrapped, start.factors, s.export_rank)
         expected = states_of(wrapped, probes)
-        if not s.export_rank and s.export_scale == 1:
-            check_handed_over(expected, trained, original, bench.dtype)
+        if meant:
+            check_handed_over(expected, *meant, bench.dtype)
         lora.save_adapter(wrapped, run / artifacts.ADAPTER, bench.fingerprint["source"], bench.fingerprint["revision"])
         del wrapped
         bench.release_model()

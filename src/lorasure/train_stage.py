@@ -18,7 +18,7 @@ from .data.pairing import sample
 from .errors import DataError
 from .level import ROWS as LEVEL_ROWS
 from .level import Level
-from .objective import ForgetObjective, Unit, forget_steps, retain_penalty, retain_rows
+from .objective import ForgetObjective, Unit, retain_penalty, retain_rows, run_steps
 from .outcome import RATE
 from .prefix import find_prefix
 from .progress import Reporter
@@ -39,7 +39,7 @@ def train_adapter(
     s = bench.settings
     summary = artifacts.read_json(run / artifacts.SUMMARY)
     objective = bench.objective()
-    steps = list(forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
+    steps = list(run_steps(objective, s))
     used = retain_rows(steps)
     before = _observe(bench, objective, steps, start, summary.get("before"))
     prefix = {"prefix": objective.prefix.about()} if objective.prefix else {}

@@ -78,7 +78,7 @@ def _forgotten(run: Run) -> Promise:
     before, after = _value(scores["before"]), _value(scores["after"])
     figures = _figures(name, scores)
     if before < HARDLY_KNOWN:
-        return Promise(question, "Not shown", "none", "The model hardly knew it before.", figures)
+        return _not_shown(question, "The model hardly knew it before.", figures)
     if after > STILL_KNOWN * before:
         return Promise(question, "No", "bad", "More than half of what the model knew of it is still there.", figures)
     if "retrained" not in scores:
@@ -159,5 +159,5 @@ def _removable(run: Run) -> Promise:
     return Promise(question, "Yes", "partly", f"{SUPPRESSED}. Give away merged weights only.", figures)
 
 
-def _not_shown(question: str, text: str) -> Promise:
-    return Promise(question, "Not shown", "none", text)
+def _not_shown(question: str, text: str, figures: tuple[tuple[str, str], ...] = ()) -> Promise:
+    return Promise(question, "Not shown", "none", text, figures)

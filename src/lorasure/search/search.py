@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import artifacts, folders
-from ..cli import quiet_libraries
+from .. import artifacts, folders, libraries
 from ..data.load import rows_hash
 from ..errors import KEPT, UsageError, one_line
 from ..evaluate.evaluation import check_comparable
@@ -171,7 +170,7 @@ def _helpers(spec_path: Path, settings: SearchSettings, study: Study) -> Iterato
 def _helper(spec_path: Path, folder: Path, number: int, workers: int) -> None:
     """A worker beside the first one; its trial is somebody else's to take up if anything happens to it."""
     reporter = Reporter()
-    quiet_libraries()
+    libraries.settle()
     try:
         with sigterm_unwinds():
             spec = read_spec(spec_path)
