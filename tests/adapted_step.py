@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def terms_and_gradients(
     with torch.no_grad():
         for p in trained.values():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    with checkpointed(model) if checkpointing else nullcontext():
+    with checkpointed(model, checkpointing):
         sums = objective(wrapped, step)
         torch.stack(list(sums.values())).sum().backward()
     terms = {name: value.detach() for name, value in sums.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from architectures import tiny_model
 from conftest import random_examples, tiny_llama, write_rows
@@ -22,6 +23,7 @@ from lorasure.importance import collect, measure
 from lorasure.importance.collect import Probe, moments
 from lorasure.importance.measure import Importance
 from lorasure.importance.scores import SCORES
+from lorasure.layers import checkpointed, decoder_layers
 from lorasure.sites import Site, all_sites, find_sites
 from reference_gradients import KINDS, build, full_gradients, nll, of_site, parameter_name, tiny_mixtral
 
@@ -113,6 +115,23 @@ def test_unchanged_by_batches_order_and_padding_side(name: str, monkeypatch: pyt
             assert_same(other, one_by_one)
     with pytest.raises(AssertionError):  # the comparison can fail
         assert_same(moments(model, sites, EXAMPLES[1:] + EXAMPLES[1:2], SKETCH, token_budget=1), one_by_one)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt-oss"])
+def test_checkpointed_layers_run_again_and_change_nothing(name: str) -> None:
+    model = tiny_model(name, num_hidden_layers=3) if name != "gpt2" else tiny_model(name, n_layer=3)
+    sites, calls = all_sites(model), []
+    expected = moments(model, sites, EXAMPLES, LORA, token_budget=1000)
+    layers = decoder_layers(model)
+    handles = [layer.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(layers)]
+    inner = next(m for m in layers[0].modules() if isinstance(m, torch.nn.Linear | Conv1D))
+    handles.append(inner.register_forward_hook(lambda *_: calls.append("inner")))
+    with checkpointed(model, True):
+        found = moments(model, sites, EXAMPLES, LORA, token_budget=1000)
+    assert calls.count("inner") == 2 and [calls.count(i) for i in range(3)] == [1, 1, 1]  # hooks are outside of it
+    assert_same(found, expected)
+    for handle in handles:
+        handle.remove()
 
 
 def test_chunks_of_full_gradients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

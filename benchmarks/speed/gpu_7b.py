@@ -2,6 +2,7 @@
 
     python benchmarks/speed/gpu_7b.py [--models llama-2-7b phi-1.5 llama-3.1-8b] [--compile] [--results FILE]
     python benchmarks/speed/gpu_7b.py --models llama-2-7b --four-bit --tokens 1280 --no-full
+    python benchmarks/speed/gpu_7b.py --models llama-2-7b --gradient-checkpointing --no-full
     python benchmarks/speed/gpu_7b.py --tiny     # the same stages on the CPU with a small shape
 
 Runs from a bare checkout where torch, transformers, peft and accelerate are installed. Prints, per model: seconds per
@@ -18,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from lorasure.importance.collect import Probe, moments
 from lorasure.importance.measure import Importance, measure
 from lorasure.init.apply import INITS, Evidence, Request, initialise, of_moments
 from lorasure.init.low_rank import Factors
+from lorasure.layers import checkpointed
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.models import pick_token_budget
@@ -134,7 +137,8 @@ def measure_model(name: str, a: argparse.Namespace, device: torch.device, rate: 
 
     def importance(chosen: Sequence[Site], space: str, score: str) -> Importance:
         probe = Probe(space, RANK, SIGMA, ALPHA / RANK, 0)
-        return measure(model, chosen, *sets, score=score, probe=probe, token_budget=a.tokens)
+        with checkpointed(model, a.gradient_checkpointing):
+            return measure(model, chosen, *sets, score=score, probe=probe, token_budget=a.tokens)
 
     few = [part[:8] for part in sets]
     probe = Probe("lora", RANK, SIGMA, ALPHA / RANK, 0)
@@ -198,7 +202,7 @@ def footprint(name: str, a: argparse.Namespace, sets: Sequence[Sequence[Example]
         importance=True,
         directions="inputs",
         coverage=1.0,
-        gradient_checkpointing=False,
+        gradient_checkpointing=a.gradient_checkpointing,
         compile=False,
         four_bit=a.four_bit,
         on_cpu=False,
@@ -229,6 +233,7 @@ def train(stages: Stages, model, start, sets, loss: str, a: argparse.Namespace, 
 
     def run(name: str, steps: Sequence[list[Unit]], compiled: bool, **about: float) -> None:
         settings = OptimizerSettings(lr=1e-4, epochs=a.epochs, batch_size=32, max_grad_growth=1e9, compile=compiled)
+        settings = replace(settings, gradient_checkpointing=a.gradient_checkpointing)
         stages.run(name, lambda: fit(wrapped, steps, objective, settings, token_budget=a.tokens), **about)
 
     whole = {"tokens": tokens * a.epochs, "operations": least * a.epochs}
@@ -245,6 +250,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["llama-2-7b", "phi-1.5", "llama-3.1-8b"])
     parser.add_argument("--four-bit", action="store_true", help="NF4 base, needs bitsandbytes")
     parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in importance and training")
     parser.add_argument("--losses", nargs="+", choices=list(FORGET_LOSSES), default=["npo", "ihl"])
     parser.add_argument("--rows", type=int, default=400, help="of each set")
     parser.add_argument("--epochs", type=int, default=5)
@@ -261,7 +267,7 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: {rate / 1e12:.2f} T operations/s in matrix products", flush=True)
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "rate": rate, "four_bit": a.four_bit}
-    results |= {"rows": 2 * a.rows, "tokens_per_pass": a.tokens, "seed": 0}
+    results |= {"gradient_checkpointing": a.gradient_checkpointing, "rows": 2 * a.rows, "tokens_per_pass": a.tokens, "seed": 0}
     results["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
     results["models"] = []
     for model in a.models:

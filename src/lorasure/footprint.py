@@ -144,7 +144,7 @@ class Footprint:
         """Bytes that a pass over so many padded tokens keeps for its way back."""
         s = self.shapes
         per_token = s.per_token()
-        if training and self.gradient_checkpointing:
+        if self.gradient_checkpointing:
             per_token = per_token / s.layers + s.width * s.hidden * s.layers
         elif training and self.compile:
             per_token *= (2 + KEPT_SHARE * (s.layers - 2)) / s.layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from warnings import catch_warnings, filterwarnings
@@ -44,15 +44,18 @@ def computing(modules: Iterable[Any], instead: Callable[[Function], Function]) -
                 module.forward = forward
 
 
-def checkpointed(model: nn.Module) -> AbstractContextManager[None]:
-    """Within the context, the backward pass recomputes each layer's activations.
+def checkpointed(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """Within the context, if wanted, the backward pass recomputes the activations of each layer but the last.
 
-    transformers' own switch works in training mode only, where the base's dropout would be active.
+    Those of the last would be computed again at once, when no other layer's are there yet. transformers' own switch
+    works in training mode only, where the base's dropout would be active.
     """
+    if not wanted:
+        return nullcontext()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it.")
-    return computing(layers, lambda forward: partial(checkpoint, forward, use_reentrant=False))
+    return computing(layers[:-1], lambda forward: partial(checkpoint, forward, use_reentrant=False))
 
 
 # Of what a compiled layer keeps for its way back without it: below, all but products is computed again there.

@@ -26,6 +26,7 @@ from .artifacts import exists, sha256
 from .errors import DataError, LorasureError, NumericError, ResourceError, UsageError
 from .layers import decoder_layers
 from .model_files import commit, locate, weight_files
+from .norms import fuse_norms
 from .packing import find_packing
 from .registry import lookup
 
@@ -136,6 +137,8 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     check_causal(loaded, model)
+    if device.type == "cuda" and not processes.sharded():  # where weights are shared out their modules are known
+        fuse_norms(loaded)
     find_free_layers(loaded)
     find_packing(loaded)
     return loaded

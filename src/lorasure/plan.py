@@ -27,6 +27,7 @@ from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
+from .layers import checkpointed
 from .objective import forget_steps, retain_rows, run_steps
 from .prefix import find_prefix
 from .progress import Reporter
@@ -130,7 +131,8 @@ def _try_measuring(bench: Workbench) -> tuple[float, Callable[[Site], Evidence],
     evidence: Callable[[Site], Evidence] = lambda _: Evidence()  # noqa: E731
     if bench.measures_importance:
         options: dict[str, Any] = {"token_budget": budget, "progress": clock.tick}
-        found = measure(bench.model, sites, *sets, score=str(bench.score), probe=bench.probe, **options)
+        with checkpointed(bench.model, s.gradient_checkpointing):
+            found = measure(bench.model, sites, *sets, score=str(bench.score), probe=bench.probe, **options)
         rate += clock.per_token(budget, *sets)
         evidence = lambda site: Evidence(found.weights(site, bench.device))  # noqa: E731
         names = choose_sites({site.name: found.weights(site, bench.device).mean for site in sites}, s.coverage)

@@ -22,6 +22,15 @@ from transformers.pytorch_utils import Conv1D
 from . import processes
 from .errors import UsageError
 
+class _Kept(torch.autograd.Function):
+    """Saves x as autograd saves what it needs, so that a checkpointed layer gives it up and computes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, root: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return root.clone()
+
+
 Forward = Callable[["Site", Tensor, Tensor], Tensor | None]
 Backward = Callable[["Site", Tensor, Tensor], None]
 
@@ -212,7 +221,8 @@ def _listen(
     if backward is not None:
         if not y.requires_grad:  # the lowest sites: the graph starts here. A sum, not a leaf: in-place use stays legal.
             y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
-        y.register_hook(lambda d: backward(site, layout.spread(x), layout.spread(d)))
+        kept: Any = _Kept.apply(x, torch.zeros((), requires_grad=True))
+        y.register_hook(lambda d: backward(site, layout.spread(kept.grad_fn.saved_tensors[0]), layout.spread(d)))
     return y
 
 

@@ -25,6 +25,7 @@ from .importance.paper_code import PASSES
 from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
+from .layers import checkpointed
 from .outcome import learning_rate
 from .progress import peak_memory
 from .sites import Site
@@ -99,7 +100,8 @@ def measure_importance(bench: Workbench, run: Path) -> Importance | None:
         with bench.reporter.stage("importance", total) as progress:
             options = {"score": str(bench.score), "probe": bench.probe, "paper_code": s.compat is not None}
             attempt = partial(measure, bench.model, bench.sites, forget, retain, **options, progress=progress)
-            found = bench.within_memory(attempt, [*forget, *retain], "importance")
+            with checkpointed(bench.model, s.gradient_checkpointing):
+                found = bench.within_memory(attempt, [*forget, *retain], "importance")
     found = replace(found, about=bench.about())
     found.save(run / artifacts.IMPORTANCE)
     artifacts.finish(run, artifacts.IMPORTANCE)

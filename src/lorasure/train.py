@@ -154,7 +154,7 @@ def fit(
     step_of = partial(step_of, term_weights or {}, penalty, ceilings or {}, on_guard or (lambda _: None))
     with (
         compiled(base_of(model)) if settings.compile else nullcontext(),
-        checkpointed(base_of(model)) if settings.gradient_checkpointing else nullcontext(),
+        checkpointed(base_of(model), settings.gradient_checkpointing),
         finishing_first() as asked,
     ):
         if keeper:

@@ -1,0 +1,88 @@
+"""PyTorch's own norm in place of a model's: only where it computes the same, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from architectures import ARCHITECTURES, tiny_model
+from conftest import random_examples
+from lorasure import models
+from lorasure.importance.collect import Probe, moments
+from lorasure.norms import fuse_norms
+from lorasure.sites import all_sites
+
+FUSED = {"llama": 5, "mistral": 5, "qwen2": 5, "phi3": 5, "mixtral": 5, "qwen2-moe": 5, "qwen3-moe": 9, "gpt-oss": 5}
+IDS = torch.arange(40).view(2, 20)
+
+
+def scattered(name):
+    """A tiny model whose norms have weights of their own."""
+    model = tiny_model(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def fused(model):
+    return [module for module in model.modules() if type(module) is nn.RMSNorm]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_computes_what_it_did_under_the_names_it_had(name):
+    model, before = scattered(name), scattered(name)
+    with torch.no_grad():
+        fuse_norms(model)
+        assert len(fused(model)) == FUSED.get(name, 0)  # Gemma adds 1 to its weights; the rest have other norms
+        torch.testing.assert_close(model(input_ids=IDS).logits, before(input_ids=IDS).logits, atol=1e-4, rtol=0)
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_gradients_are_those_of_before(name):
+    model, before = scattered(name), scattered(name)
+    fuse_norms(model)
+    probe = Probe("lora", 2, 0.05, 2.0, 0)
+    found, expected = (moments(m, all_sites(m), random_examples(4), probe, token_budget=99) for m in (model, before))
+    for site, factors in expected.items():
+        for factor, kept in factors.items():
+            scale = float(kept.second.max())
+            torch.testing.assert_close(found[site][factor].second, kept.second, atol=1e-4 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["adds one", "other epsilon"])
+def test_a_norm_that_computes_something_else_stays(norm):
+    model = scattered("llama")
+    own = model.model.norm
+    if norm == "adds one":
+        own.forward = lambda x: nn.functional.rms_norm(x, x.shape[-1:], own.weight + 1, own.variance_epsilon)
+    else:
+        own.forward = lambda x: nn.functional.rms_norm(x, x.shape[-1:], own.weight, 2 * own.variance_epsilon)
+    fuse_norms(model)
+    assert model.model.norm is own and len(fused(model)) == 4
+
+
+@pytest.mark.parametrize("fault", ["other logits", "an error"])
+def test_a_model_that_differs_with_them_keeps_all_its_own(fault, monkeypatch):
+    """What a try of the norm alone cannot show: here it computes the same of a single vector only."""
+    model = scattered("llama")
+    own = [type(module) for module in model.modules()]
+
+    def wrong(self, x):
+        if x.dim() > 1 and fault == "an error":
+            raise RuntimeError
+        return nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps) * (1.5 if x.dim() > 1 else 1)
+
+    monkeypatch.setattr(nn.RMSNorm, "forward", wrong)
+    fuse_norms(model)
+    assert [type(module) for module in model.modules()] == own
+
+
+def test_on_a_cpu_a_model_is_as_it_was_written(model_folder):
+    loaded = models.load_model(str(model_folder), dtype=torch.float32, device=torch.device("cpu"))
+    assert not fused(loaded)
