@@ -134,6 +134,43 @@ def test_checkpointed_layers_run_again_and_change_nothing(name: str) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("probe", [LORA, SKETCH])
+@pytest.mark.parametrize("elements", [1, 300, 2**18])
+def test_how_many_sites_share_their_sums_changes_nothing(probe: Probe, elements: int, monkeypatch) -> None:
+    model = build("llama")
+    sites = all_sites(model)
+    expected = moments(model, sites, EXAMPLES, probe, token_budget=30)
+    monkeypatch.setattr(collect, "TOGETHER", elements)
+    found = moments(model, sites, EXAMPLES, probe, token_budget=30)
+    assert list(found) == [site.name for site in sites]
+    assert_same(found, expected, 1e-6)
+    tensors = [t for factors in found.values() for kept in factors.values() for t in kept.tensors().values()]
+    assert all(t.is_contiguous() and t.untyped_storage().nbytes() == 4 * t.numel() for t in tensors)
+
+
+def test_a_layer_that_a_pass_does_not_reach_has_gradients_of_zero_there() -> None:
+    """Beside others of its group that are reached."""
+    model = build("llama")
+    sites, mlp, passes = all_sites(model), model.model.layers[1].mlp, []
+    forward, first = mlp.forward, {site.name for site in all_sites(model) if "layers.1.mlp" in site.name}
+
+    def sometimes(x: Tensor) -> Tensor:
+        passes.append(len(passes) % 2 == 0)
+        return forward(x) if passes[-1] else torch.zeros_like(x)
+
+    mlp.forward = sometimes
+    found = moments(model, sites, EXAMPLES, LORA, token_budget=1)
+    mlp.forward = forward
+    order = sorted(range(len(EXAMPLES)), key=lambda i: (len(EXAMPLES[i]), i))
+    taken = {len(EXAMPLES[i]) for i, reached in zip(order, passes, strict=True) if reached}
+    alone = moments(model, sites, [e for e in EXAMPLES if len(e) in taken], LORA, token_budget=1)
+    assert passes.count(True) == 3
+    for name in first:
+        for factor, kept in alone[name].items():
+            torch.testing.assert_close(found[name][factor].second, kept.second * 3 / 5)
+            assert found[name][factor].count == 5
+
+
 def test_chunks_of_full_gradients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     sites = all_sites(model)

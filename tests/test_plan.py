@@ -21,8 +21,8 @@ from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
 from lorasure.objective import forget_steps
-from lorasure.sites import tap
 from lorasure.stages import Start
+from lorasure.tap import tap
 from lorasure.workbench import Workbench
 
 BOTH = {"init": "inputs", "coverage": 0.5, "score": "variance", "space": "lora"}

@@ -28,7 +28,8 @@ from lorasure.data.examples import collate
 from lorasure.errors import UsageError
 from lorasure.forward import answer_hidden, answer_logits, answer_records
 from lorasure.losses.tokens import shift
-from lorasure.sites import TAPPED_EXPERTS, Site, all_sites, find_sites, tap, weight
+from lorasure.sites import Site, all_sites, find_sites, weight
+from lorasure.tap import TAPPED_EXPERTS, tap
 from reference_gradients import KINDS, build
 
 EXAMPLES = random_examples(5, vocab=256)  # without padding tokens, whose embeddings are zero

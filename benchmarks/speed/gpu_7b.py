@@ -267,7 +267,8 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}: {rate / 1e12:.2f} T operations/s in matrix products", flush=True)
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "rate": rate, "four_bit": a.four_bit}
-    results |= {"gradient_checkpointing": a.gradient_checkpointing, "rows": 2 * a.rows, "tokens_per_pass": a.tokens, "seed": 0}
+    results |= {"gradient_checkpointing": a.gradient_checkpointing, "tokens_per_pass": a.tokens}
+    results |= {"rows": 2 * a.rows, "seed": 0}
     results["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
     results["models"] = []
     for model in a.models:

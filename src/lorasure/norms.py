@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,8 @@ def _fusible(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.R
     """(parent, its name there, the norm, what would replace it)."""
     for parent in model.modules():
         for name, norm in parent.named_children():
-            weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+            weight: Any = getattr(norm, "weight", None)
+            eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
             plain = isinstance(weight, nn.Parameter) and weight.dim() == 1 and len(list(norm.parameters())) == 1
             if not (plain and isinstance(eps, float) and type(norm).__name__.endswith("RMSNorm")):
                 continue

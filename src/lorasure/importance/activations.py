@@ -17,7 +17,8 @@ from ..errors import NumericError
 from ..forward import Progress, answer_hidden
 from ..layers import decoder_layers
 from ..precision import operand, product
-from ..sites import Site, tap
+from ..sites import Site
+from ..tap import tap
 
 ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 1.4e9
 SHARE = 4  # of the memory that is free on a GPU, one in so many bytes may be held where that is more

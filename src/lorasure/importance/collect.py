@@ -9,8 +9,9 @@ the model measured is exactly the model. The published code adds its random prob
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,10 +22,14 @@ from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError, UsageError
 from ..forward import Progress, answer_logits
 from ..precision import operand, product
-from ..sites import Site, tap
+from ..sites import Site
+from ..tap import tap
 from .moments import Moments
 
 FULL_CHUNK = 2**24  # elements of per-example full gradients held at once
+TOGETHER = 2**18  # elements of one example's gradients, up to which sites share their sums
+LEFT_AND_RIGHT = {"lora": ("B", "A"), "sketch": ("rows", "columns")}
+LEFT = {left for left, _ in LEFT_AND_RIGHT.values()}
 SetMoments = dict[str, dict[str, Moments]]
 
 
@@ -54,19 +59,26 @@ class Probe:
             "B": (torch.randn(out, self.rank, generator=generator) * deviation).to(device),
         }
 
+    def operands(self, site: Site, model: PreTrainedModel) -> dict[str, Tensor]:
+        """`factors` as `per_example` takes them: in lora space times the scaling, which both gradients have."""
+        dtype = operand(torch.empty(0, dtype=model.dtype, device=model.device)).dtype
+        scale = self.scaling if self.space == "lora" else 1.0
+        return {name: (scale * f).to(dtype) for name, f in self.factors(site, model.device).items()}
+
     def shapes(self, site: Site) -> dict[str, tuple[int, int]]:
         """Factor name -> shape of its gradient, as `per_example` gives them."""
         out, features = site.shape
         if self.space == "full":
             return {"W": site.shape}
-        left, right = ("B", "A") if self.space == "lora" else ("rows", "columns")
+        left, right = LEFT_AND_RIGHT[self.space]
         return {left: (out, self.rank), right: (self.rank, features)}
 
 
-def per_example(probe: Probe, factors: dict[str, Tensor], x: Tensor, d: Tensor) -> Iterable[dict[str, Tensor]]:
+def per_example(probe: Probe, operands: dict[str, Tensor], x: Tensor, d: Tensor) -> Iterable[dict[str, Tensor]]:
     """Per-example gradients (examples, ...) of one site from x (examples, tokens, in) and d (examples, tokens, out).
 
-    Yields one dictionary, or several over chunks of examples in `full` space, where a gradient is as large as W.
+    `operands`: see `Probe.operands`. Yields one dictionary, or several over chunks of examples in `full` space, where a
+    gradient is as large as W.
     """
     x, d = operand(x), operand(d)
     if probe.space == "full":
@@ -74,17 +86,14 @@ def per_example(probe: Probe, factors: dict[str, Tensor], x: Tensor, d: Tensor) 
         for start in range(0, len(x), step):
             yield {"W": product(d[start : start + step].mT, x[start : start + step])}
         return
-    a, b = (factors[name].to(x.dtype) for name in "AB")
+    a, b = (operands[name].to(x.dtype) for name in "AB")
     # Always k rows times many columns: several times as fast as many rows times k columns.
     left = product((x @ a.T).mT, d).mT
     if x.is_cuda:  # half the time there, where a number of tokens that is no multiple of 8 has slow kernels
         right = product((d @ b).mT, x)
     else:
         right = product((b.T @ d.flatten(0, 1).T).unflatten(1, d.shape[:2]).transpose(0, 1), x)
-    if probe.space == "lora":
-        yield {"B": probe.scaling * left, "A": probe.scaling * right}
-    else:
-        yield {"rows": left, "columns": right}
+    yield dict(zip(LEFT_AND_RIGHT[probe.space], (left, right), strict=True))
 
 
 def moments(
@@ -100,24 +109,34 @@ def moments(
 
     Raises NumericError at the first non-finite loss or gradient, naming the row or site.
     """
-    device = model.device
-    factors = {site.name: probe.factors(site, device) for site in sites}
-    result: SetMoments = {}
+    operands = {site: probe.operands(site, model) for site in sites}
+    together = list(_together(sites, probe, model.device))
+    home = {site: some for some in together for site in some.sites}
+    seen: set[Site] = set()  # in this pass
 
     def observe(site: Site, x: Tensor, d: Tensor) -> None:
-        for values in per_example(probe, factors[site.name], x, d):
-            kept = result.setdefault(site.name, {})
-            for name, value in values.items():
-                kept.setdefault(name, Moments.empty(value.shape[1:], device)).update(value)
+        if site in seen:
+            raise UsageError(
+                f"Layer '{site.name}' is used more than once per pass, so its gradients come in parts and cannot "
+                "be measured; leave it out with --exclude."
+            )
+        seen.add(site)
+        for values in per_example(probe, operands[site], x, d):
+            home[site].add(site, values)
 
     with tap(model, sites, backward=observe):
         for group in processes.share(micro_batches([len(e) for e in examples], token_budget)):
             batch = [examples[i] for i in group]
+            seen.clear()
             backward(model, batch)
+            for some in together:
+                some.end_pass()
             if progress:
                 progress(len(batch) * processes.size())
-    _add_up(result, sites, probe, device)
-    _complete(result, sites, probe, len(examples), device)
+    for some in together:
+        some.finish(len(examples))
+    found = {name: kept for some in together for name, kept in some.moments().items()}
+    result = {site.name: found[site.name] for site in sites}
     _check_finite(result)
     return result
 
@@ -133,31 +152,74 @@ def backward(model: PreTrainedModel, batch: Sequence[Example]) -> None:
         losses.sum().backward()
 
 
-def _add_up(result: SetMoments, sites: Sequence[Site], probe: Probe, device: torch.device) -> None:
-    """Over all processes, in the order of the sites, as every process must come to every sum."""
-    if processes.size() == 1:
-        return
-    for site in sites:
-        kept = result.setdefault(site.name, {})
-        for name, shape in probe.shapes(site).items():
-            kept.setdefault(name, Moments.empty(shape, device)).add_up()
+class _Together:
+    """The moments of some sites, kept as those of one long vector: for a GPU it is the number of calls that takes time.
+
+    In it each site has its left factor, transposed as `per_example` finds it, and its right one. In `full` space there
+    is one site.
+    """
+
+    def __init__(self, sites: Sequence[Site], probe: Probe, device: torch.device) -> None:
+        self.sites = sites
+        self.shapes = [(site, name, shape) for site in sites for name, shape in probe.shapes(site).items()]
+        self.kept = Moments.empty((sum(prod(shape) for _, _, shape in self.shapes),), device)
+        self.waiting: dict[Site, Mapping[str, Tensor]] = {}
+
+    def add(self, site: Site, values: Mapping[str, Tensor]) -> None:
+        """Per-example gradients of a site, which are held until those of all sites are there."""
+        self.waiting[site] = values
+        if len(self.waiting) == len(self.sites):
+            self.end_pass()
+
+    def end_pass(self) -> None:
+        """Add what waits. A site that no token of the pass has reached has gradients of zero."""
+        if not self.waiting:
+            return
+        count = len(next(value for values in self.waiting.values() for value in values.values()))
+        parts = []
+        for site, name, shape in self.shapes:
+            value = self.waiting[site][name] if site in self.waiting else self.kept.mean.new_zeros(count, *shape)
+            parts.append((value.mT if name in LEFT else value).flatten(1))
+        self.waiting = {}
+        self.kept.update(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+
+    def finish(self, count: int) -> None:
+        """Add up over the processes, and count the examples of passes that reached none of the sites (an expert)."""
+        self.kept.add_up()
+        if missing := count - self.kept.count:
+            zeros = torch.zeros_like(self.kept.mean)
+            self.kept.merge(Moments(missing, zeros, zeros.clone(), zeros.clone()))
+
+    def moments(self) -> SetMoments:
+        """Site name -> factor name -> moments, each with memory of its own unless there is one alone."""
+        sizes = [prod(shape) for _, _, shape in self.shapes]
+        found: SetMoments = {site.name: {} for site in self.sites}
+        parts = (t.split(sizes) for t in self.kept.tensors().values())
+        for (site, name, shape), *flat in zip(self.shapes, *parts, strict=True):
+            if len(sizes) > 1:
+                flat = [t.clone() for t in flat]
+            factor = [t.view(shape[::-1]).mT.contiguous() if name in LEFT else t.view(shape) for t in flat]
+            found[site.name][name] = Moments(self.kept.count, *factor)
+        return found
 
 
-def _complete(result: SetMoments, sites: Sequence[Site], probe: Probe, count: int, device: torch.device) -> None:
-    """Count the examples that never reached a site (an expert) as gradients of zero, or the mean would be too large."""
+def _together(sites: Sequence[Site], probe: Probe, device: torch.device) -> Iterable[_Together]:
+    """All sites, in their order. An expert is alone, as not every pass reaches it, and so is a site in `full` space."""
+    group: list[Site] = []
+    size = 0
     for site in sites:
-        if site.name not in result:
-            result[site.name] = {name: Moments.empty(shape, device) for name, shape in probe.shapes(site).items()}
-        for kept in result[site.name].values():
-            missing = count - kept.count
-            if missing < 0:
-                raise UsageError(
-                    f"Layer '{site.name}' is used more than once per pass, so its gradients come in parts and cannot "
-                    "be measured; leave it out with --exclude."
-                )
-            if missing:
-                zeros = torch.zeros_like(kept.mean)
-                kept.merge(Moments(missing, zeros, zeros.clone(), zeros.clone()))
+        alone = probe.space == "full" or site.expert is not None
+        own = sum(prod(shape) for shape in probe.shapes(site).values())
+        if group and (alone or size + own > TOGETHER):
+            yield _Together(group, probe, device)
+            group, size = [], 0
+        if alone:
+            yield _Together([site], probe, device)
+        else:
+            group.append(site)
+            size += own
+    if group:
+        yield _Together(group, probe, device)
 
 
 def _check_finite(result: SetMoments) -> None:

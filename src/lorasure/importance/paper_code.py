@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from ..data.examples import Example, collate
 from ..errors import UsageError
 from ..forward import Progress, answer_logits
-from ..sites import Site, tap
+from ..sites import Site
+from ..tap import tap
 from .collect import Probe, SetMoments, per_example
 from .moments import Moments
 
@@ -72,6 +73,7 @@ class _Sums:
 
     def add(self, model: PreTrainedModel, sites: Sequence[Site], batch: Sequence[Example], probe: Probe) -> None:
         factors = {site.name: probe.factors(site, model.device) for site in sites}
+        operands = {site.name: probe.operands(site, model) for site in sites}
         tokens = sum(e.answer_length for e in batch)
         gradients: dict[tuple[str, str], Tensor] = {}
 
@@ -80,7 +82,7 @@ class _Sums:
             return probe.scaling * (x.float() @ f["A"].T) @ f["B"].T if f else None
 
         def observe(site: Site, x: Tensor, d: Tensor) -> None:
-            for values in per_example(probe, factors[site.name], x, d):
+            for values in per_example(probe, operands[site.name], x, d):
                 for name, value in values.items():
                     key = (site.name, name)
                     gradients[key] = gradients.get(key, 0) + value.sum(0)
