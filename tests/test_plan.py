@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from lorasure import fitting, lora, models, pipeline, plan, train, train_stage, workbench
+from lorasure import fitting, layers, lora, models, pipeline, plan, stages, train, train_stage, workbench
 from lorasure.cli import main
 from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate, micro_batches
@@ -168,6 +168,46 @@ def test_passes_are_made_smaller_where_the_user_left_it_open(settings, monkeypat
     fitting.fit_memory(bench)
     assert bench.token_budget < before
     assert peak(fitting.footprint(bench).parts(), "host")[1] <= room
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),  # as the user said
+        ({"compile": True}, False),  # which keeps little as it is
+        ({"device": "cpu"}, False),  # where small passes are as fast
+    ],
+    ids=str,
+)
+def test_on_a_gpu_activations_are_recomputed_before_passes_are_made_smaller(settings, monkeypatch, options, expected):
+    options = {"device": "cuda", "tokens_per_batch": None} | options
+    monkeypatch.setattr(workbench, "pick_device", torch.device)
+    monkeypatch.setattr(fitting, "room_on", lambda *_: 2**20)
+    bench = Workbench(replace(settings, **options))
+    wanted, needs = 150, fitting.footprint(bench)
+    bench.token_budget = wanted
+    place = "host" if options["device"] == "cpu" else "device"
+    with_it = replace(needs, token_budget=wanted, gradient_checkpointing=True)
+    room = peak(with_it.parts(), place)[1]
+    assert room < peak(replace(with_it, gradient_checkpointing=False).parts(), place)[1]
+    monkeypatch.setattr(fitting, "free_memory", lambda device: {"host": 2**40} | {place: room})
+    fitting.fit_memory(bench)
+    assert bench.checkpointing is expected
+    assert bench.token_budget == wanted if expected else bench.token_budget < wanted or options.get("compile")
+
+
+def test_importance_and_training_are_both_asked_to_recompute(settings, monkeypatch):
+    asked, real = [], layers.checkpointed
+    for module in (stages, train):
+        name = module.__name__
+        keep = lambda model, wanted, name=name: (asked.append((name, wanted)), real(model, wanted))[1]  # noqa: E731
+        monkeypatch.setattr(module, "checkpointed", keep)
+    for wanted in (True, None):
+        asked.clear()
+        out = f"{settings.out}-{wanted}"
+        pipeline.forget(replace(settings, lr=1e-3, gradient_checkpointing=wanted, out=out))
+        assert asked == [("lorasure.stages", bool(wanted)), ("lorasure.train", bool(wanted))]
 
 
 @pytest.mark.parametrize(

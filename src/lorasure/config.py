@@ -192,7 +192,7 @@ class OptimizerSettings(Settings):
     warmup: float = option(0.2, "share of the steps that warm up", low=0, high=1)
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
-    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    gradient_checkpointing: bool | None = option(None, "recompute activations (default: on a GPU short of memory)")
     compile: bool = option(False, "torch.compile for the layers: pays on a GPU in all but short runs")
     max_grad_growth: float = option(
         1000.0, "stop when the gradient's norm is this many times the largest of all steps before", above=1

@@ -47,7 +47,7 @@ def footprint(bench: Workbench) -> Footprint:
         bench.measures_importance,
         init.evidence if init.evidence in ("outputs", "inputs") else "",
         s.coverage,
-        s.gradient_checkpointing,
+        bench.checkpointing,
         s.compile,
         four_bit,
         bench.device.type == "cpu",
@@ -91,13 +91,20 @@ def _taken(container: Path) -> int:
 def fit_memory(bench: Workbench) -> None:
     """Lower the tokens per pass where that is needed and the user did not set them; a ResourceError where nothing fits.
 
-    From shapes alone: nothing is loaded and no pass is made. Several processes take what fits in each of them, as they
-    deal out the same passes.
+    On a GPU, where the user left that open too, rather recompute activations: large passes that do are faster there
+    than small ones that don't. From shapes alone: nothing is loaded and no pass is made. Several processes take what
+    fits in each of them, as they deal out the same passes.
     """
     needs, room = footprint(bench), free_memory(bench.device)
     shortest = max(map(max, (needs.measured.lengths, *(rows.lengths for rows in needs.steps))))
     own = _fitting(bench, needs, room, shortest)
     budget = processes.least(own)
+    if budget < bench.token_budget and _may_checkpoint(bench, needs):
+        saving = replace(needs, gradient_checkpointing=True)
+        own_saving = _fitting(bench, saving, room, shortest)
+        if (larger := processes.least(own_saving)) > budget:
+            bench.reporter.note("gradient checkpointing: on, as large passes would not fit without")
+            needs, own, budget, bench.checkpointing = saving, own_saving, larger, True
     if not own:
         raise ResourceError(_refusal(bench, needs, room, shortest))
     if not budget:
@@ -105,6 +112,12 @@ def fit_memory(bench: Workbench) -> None:
     if budget < bench.token_budget:
         bench.reporter.note(f"tokens per batch: {budget} instead of {bench.token_budget}, which would not fit")
         bench.token_budget = budget
+
+
+def _may_checkpoint(bench: Workbench, needs: Footprint) -> bool:
+    s = bench.settings
+    left_open = s.gradient_checkpointing is None and not s.compile
+    return left_open and bench.device.type == "cuda" and needs.shapes.recomputed
 
 
 def _fitting(bench: Workbench, needs: Footprint, room: dict[str, int], shortest: int) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .data.examples import micro_batches
 from .importance.activations import side_of
 from .importance.collect import FULL_CHUNK, Probe
-from .layers import KEPT_SHARE
+from .layers import KEPT_SHARE, decoder_layers
 from .losses.tokens import ROWS
 from .sites import Site, find_sites
 
@@ -34,7 +34,7 @@ class Shapes:
     """Of a base model: the `sites` to adapt, weights in linear layers (but the head) and elsewhere, and sizes.
 
     `width`: bytes of a number in the dtype of the arithmetic. `routed`: the share of a mixture's experts that a token
-    goes to.
+    goes to. `recomputed`: whether layers can give up what they keep and compute it again.
     """
 
     sites: Sequence[Site]
@@ -45,6 +45,7 @@ class Shapes:
     vocabulary: int
     width: int
     routed: float
+    recomputed: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel, sites: Sequence[Site], dtype: torch.dtype) -> Shapes:
@@ -55,7 +56,7 @@ class Shapes:
         experts = max((site.expert + 1 for site in sites if site.expert is not None), default=1)
         routed = getattr(config, "num_experts_per_tok", None) or experts
         sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
-        return cls(sites, linear, total - linear, *sizes, dtype.itemsize, routed / experts)
+        return cls(sites, linear, total - linear, *sizes, dtype.itemsize, routed / experts, bool(decoder_layers(model)))
 
     def per_token(self) -> float:
         """Bytes that a pass keeps of a token: what enters and leaves every site, and what enters the norms."""

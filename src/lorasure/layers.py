@@ -44,7 +44,7 @@ def computing(modules: Iterable[Any], instead: Callable[[Function], Function]) -
                 module.forward = forward
 
 
-def checkpointed(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+def checkpointed(model: nn.Module, wanted: bool | None) -> AbstractContextManager[None]:
     """Within the context, if wanted, the backward pass recomputes the activations of each layer but the last.
 
     Those of the last would be computed again at once, when no other layer's are there yet. transformers' own switch

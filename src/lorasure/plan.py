@@ -131,7 +131,7 @@ def _try_measuring(bench: Workbench) -> tuple[float, Callable[[Site], Evidence],
     evidence: Callable[[Site], Evidence] = lambda _: Evidence()  # noqa: E731
     if bench.measures_importance:
         options: dict[str, Any] = {"token_budget": budget, "progress": clock.tick}
-        with checkpointed(bench.model, s.gradient_checkpointing):
+        with checkpointed(bench.model, bench.checkpointing):
             found = measure(bench.model, sites, *sets, score=str(bench.score), probe=bench.probe, **options)
         rate += clock.per_token(budget, *sets)
         evidence = lambda site: Evidence(found.weights(site, bench.device))  # noqa: E731

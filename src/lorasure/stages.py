@@ -100,7 +100,7 @@ def measure_importance(bench: Workbench, run: Path) -> Importance | None:
         with bench.reporter.stage("importance", total) as progress:
             options = {"score": str(bench.score), "probe": bench.probe, "paper_code": s.compat is not None}
             attempt = partial(measure, bench.model, bench.sites, forget, retain, **options, progress=progress)
-            with checkpointed(bench.model, s.gradient_checkpointing):
+            with checkpointed(bench.model, bench.checkpointing):
                 found = bench.within_memory(attempt, [*forget, *retain], "importance")
     found = replace(found, about=bench.about())
     found.save(run / artifacts.IMPORTANCE)

@@ -36,7 +36,7 @@ def train_adapter(
 
     `watch`: given the model with its adapter, what is measured after every epoch where --min-utility does not say so.
     """
-    s = bench.settings
+    s = replace(bench.settings, gradient_checkpointing=bench.checkpointing)
     summary = artifacts.read_json(run / artifacts.SUMMARY)
     objective = bench.objective()
     steps = list(run_steps(objective, s))

@@ -58,6 +58,7 @@ class Workbench:
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(settings.dtype, self.device)
         self.token_budget = pick_token_budget(settings.tokens_per_batch, self.device)
+        self.checkpointing = bool(settings.gradient_checkpointing)
         self.run: Path | None = None
 
     def prepare(self) -> None:
@@ -74,8 +75,7 @@ class Workbench:
     def within_memory(self, attempt: Callable[..., Result], examples: Sequence[Example], what: str) -> Result:
         """`attempt(token_budget=...)` over examples, in smaller passes when memory runs out."""
         lengths = [len(e) for e in examples]
-        budget, fired = self.token_budget, self.fired
-        return within_memory(lambda tokens: attempt(token_budget=tokens), budget, lengths, what, fired)[0]
+        return within_memory(lambda n: attempt(token_budget=n), self.token_budget, lengths, what, self.fired)[0]
 
     @property
     def init(self) -> Init:
