@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .data.examples import micro_batches
 from .importance.activations import side_of
-from .importance.collect import FULL_CHUNK, Probe
+from .importance.collect import FULL_CHUNK, TOGETHER, Probe
 from .layers import KEPT_SHARE, decoder_layers
 from .losses.tokens import ROWS
 from .sites import Site, find_sites
@@ -130,6 +130,15 @@ class Footprint:
         return MOMENTS * FLOAT * sum(found)
 
     @property
+    def single_rows(self) -> int:
+        """Numbers in the per-example gradients of the sites that share their sums, as measured and as summed."""
+        if self.probe.space == "full":
+            return 3 * FULL_CHUNK
+        sizes = [sum(a * b for a, b in self.probe.shapes(site).values()) for site in self.shapes.sites]
+        rows = max(map(len, micro_batches(self.measured.lengths, self.token_budget)))
+        return 2 * rows * max(max(sizes), min(sum(sizes), TOGETHER))
+
+    @property
     def second_moments(self) -> int:
         """Bytes of what is held at once, of both sets, where a start wants directions."""
         sizes = [2 * FLOAT * site.shape[side_of(self.directions)] ** 2 for site in self.shapes.sites]
@@ -175,7 +184,7 @@ class Footprint:
         return {
             ("device", "moments, being measured"): self.moments,
             ("host", "moments, measured"): self.moments * (1 if self.on_cpu else 2),
-            ("device", "gradients of single rows"): 3 * FLOAT * FULL_CHUNK * (self.probe.space == "full"),
+            ("device", "gradients of single rows"): FLOAT * self.single_rows,
             ("device", "activations"): self.activations(tokens, training=False),
             ("device", "logits"): self.logits(answers),
         }

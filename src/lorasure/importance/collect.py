@@ -173,15 +173,18 @@ class _Together:
 
     def end_pass(self) -> None:
         """Add what waits. A site that no token of the pass has reached has gradients of zero."""
-        if not self.waiting:
-            return
+        if self.waiting:
+            self.kept.update(self._joined())
+
+    def _joined(self) -> Tensor:
+        """(examples, all elements) of what waits, which is let go."""
         count = len(next(value for values in self.waiting.values() for value in values.values()))
         parts = []
         for site, name, shape in self.shapes:
             value = self.waiting[site][name] if site in self.waiting else self.kept.mean.new_zeros(count, *shape)
             parts.append((value.mT if name in LEFT else value).flatten(1))
         self.waiting = {}
-        self.kept.update(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def finish(self, count: int) -> None:
         """Add up over the processes, and count the examples of passes that reached none of the sites (an expert)."""
