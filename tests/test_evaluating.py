@@ -239,6 +239,12 @@ def test_the_commands_give_the_same_scores_and_json(
     assert {"value", "n", "low", "high"} <= printed["model_utility"].keys()
     assert main(["score", str(tmp_path / "one")]) == 0
     assert "undefined: forget_quality" in capsys.readouterr().out
+    (tmp_path / "mine.json").write_text("mine")
+    logged = ["score", str(tmp_path / "one"), "--write-log", str(tmp_path / "mine.json")]
+    assert main(logged) == 2 and (tmp_path / "mine.json").read_text() == "mine"
+    assert "--write-log" in capsys.readouterr().err
+    assert main([*logged, "--overwrite"]) == 0 and "extraction_strength" in (tmp_path / "mine.json").read_text()
+    capsys.readouterr()
     about = read_evaluation(tmp_path / "one").about
     assert about["sets"]["forget"]["rows"] == 5 and about["adapter"] is None and about["template"] == "qa"
     assert set(about["seconds"]) == {"likelihood", "generation"}

@@ -214,11 +214,14 @@ def _with_and_without(model: Any, name: str) -> list[tuple[str, Any]]:
 
 def score_folder(path: Path, settings: ScoreSettings) -> dict[str, Score]:
     """Scores of an evaluation folder or of another program's log, without a model."""
+    log = Path(settings.write_log) if settings.write_log else None
+    if log:
+        folders.check_new_file(log, "--write-log", settings.overwrite)
     evaluation = open_evaluation(path)
     reference = open_evaluation(Path(settings.reference)) if settings.reference else None
     if reference:
         check_comparable(evaluation, reference)
     scores = SUITES[evaluation.about["suite"]].score(evaluation, reference)
-    if settings.write_log:
-        write_log(Path(settings.write_log), evaluation, scores)
+    if log:
+        write_log(log, evaluation, scores)
     return scores

@@ -30,6 +30,12 @@ def partial_of(out: Path) -> Path:
     return beside(out.resolve(), "partial")
 
 
+def check_new_file(path: Path, flag: str, overwrite: bool) -> None:
+    """Raise a UsageError where a command's result would replace what is there, unless that is a file and may go."""
+    if path.exists() and not (overwrite and path.is_file()):
+        raise UsageError(f"{flag} {path}: there is something of that name. Choose another one, or add --overwrite.")
+
+
 def check_new(out: Path, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse an output folder that cannot be made or resumed, or whose content the user did not say to replace.
 

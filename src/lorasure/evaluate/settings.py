@@ -70,6 +70,7 @@ class ScoreSettings(JsonSettings):
         None, "the same evaluation (folder or log) of a model trained without the forget set", path=True
     )
     write_log: str | None = option(None, "also write the scores as an open-unlearning *_EVAL.json file", path=True)
+    overwrite: bool = option(False, "replace the file --write-log")
 
 
 @dataclass(frozen=True, kw_only=True)

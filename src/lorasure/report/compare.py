@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import artifacts
 from ..errors import UsageError, escaped
+from ..folders import check_new_file
 from ..registry import lookup
 from .read import read_runs
 from .settings import CompareSettings
@@ -21,8 +22,8 @@ def compare_runs(paths: Sequence[Path], settings: CompareSettings) -> list[Table
     """Print or write the tables of `tables.compare`, and return them. Raises what that and `read_runs` do."""
     written = lookup(FORMATS, settings.format, "--format")
     out = Path(settings.out).expanduser() if settings.out else None
-    if out and out.exists() and not (settings.overwrite and out.is_file()):
-        raise UsageError(f"--out {out}: there is something of that name. Choose another one, or add --overwrite.")
+    if out:
+        check_new_file(out, "--out", settings.overwrite)
     runs = read_runs(paths)
     if len(runs) < 2:
         raise UsageError("lorasure compare needs two run folders at least.")
