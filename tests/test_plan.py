@@ -197,17 +197,24 @@ def test_on_a_gpu_activations_are_recomputed_before_passes_are_made_smaller(sett
     assert bench.token_budget == wanted if expected else bench.token_budget < wanted or options.get("compile")
 
 
-def test_importance_and_training_are_both_asked_to_recompute(settings, monkeypatch):
+def test_every_pass_with_a_way_back_is_asked_to_recompute(settings, monkeypatch):
+    """Importance, the calibration of the learning rate, training; of a plan too."""
     asked, real = [], layers.checkpointed
-    for module in (stages, train):
+    for module in (stages, train, plan):
         name = module.__name__
         keep = lambda model, wanted, name=name: (asked.append((name, wanted)), real(model, wanted))[1]  # noqa: E731
         monkeypatch.setattr(module, "checkpointed", keep)
-    for wanted in (True, None):
+    monkeypatch.setattr(fitting, "_may_checkpoint", lambda *_: True)  # what a GPU would decide by itself
+    needs = fitting.footprint(Workbench(settings))
+    room = peak(replace(needs, gradient_checkpointing=True).parts(), "host")[1]
+    for wanted in (True, False):
         asked.clear()
-        out = f"{settings.out}-{wanted}"
-        pipeline.forget(replace(settings, lr=1e-3, gradient_checkpointing=wanted, out=out))
-        assert asked == [("lorasure.stages", bool(wanted)), ("lorasure.train", bool(wanted))]
+        monkeypatch.setattr(fitting, "free_memory", lambda _, wanted=wanted: {"host": room if wanted else 2**40})
+        pipeline.forget(replace(settings, out=f"{settings.out}-{wanted}"))
+        assert {name for name, _ in asked} == {"lorasure.stages", "lorasure.train"} and len(asked) > 2
+        assert plan.plan(settings).gradient_checkpointing is wanted
+        assert {name for name, _ in asked} == {"lorasure.stages", "lorasure.train", "lorasure.plan"}
+        assert {asks for _, asks in asked} == {wanted}
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,16 @@ TRIED = 4  # micro-batches, and steps, that time is taken of, after one that is 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of every part of every stage, bytes free per place, bytes the process has, and seconds per stage."""
+    """Bytes of every part of every stage, bytes free per place, bytes the process has, and seconds per stage.
+
+    `tokens_per_batch` and `gradient_checkpointing`: as the run would take them.
+    """
 
     parts: list[Part]
     free: dict[str, int]
     process: int
     tokens_per_batch: int
+    gradient_checkpointing: bool
     seconds: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def plan(settings: ForgetSettings, reporter: Reporter | None = None) -> Plan:
         parts, room, own = footprint(bench).parts(), free_memory(bench.device), psutil.Process().memory_info().rss
         bench.prepare()
     prepared = {"prepare": time.perf_counter() - began}
-    return Plan(parts, room, own, bench.token_budget, prepared | seconds(bench))
+    return Plan(parts, room, own, bench.token_budget, bench.checkpointing, prepared | seconds(bench))
 
 
 def seconds(bench: Workbench) -> dict[str, float]:
@@ -161,7 +165,7 @@ def _try_init(bench: Workbench, sites: Sequence[Site], evidence: Callable[[Site]
 
 def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float]:
     """Seconds per token of scoring rows and of training, on the model as it will be trained."""
-    s, whole = bench.settings, bench.objective()
+    s, whole = replace(bench.settings, gradient_checkpointing=bench.checkpointing), bench.objective()
     budget = bench.token_budget
     rows, clock = _sample(whole.forget, budget), Clock()
     answer_records(bench.model, rows, budget, clock.tick)

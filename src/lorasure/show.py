@@ -61,7 +61,8 @@ def plan(found: Mapping[str, Any], as_json: bool = False) -> None:
         line = f"{place}: {needed:.2f} GiB at most ({most['stage']}){beside}, {free:.2f} GiB are free"
         console.print(line, soft_wrap=True)
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in found["seconds"].items() if seconds)
-    line = f"time: {times}; {found['total_seconds']:.0f} s in all, with {found['tokens_per_batch']} tokens a pass"
+    passes = f"{found['tokens_per_batch']} tokens a pass" + ", recomputed" * found["gradient_checkpointing"]
+    line = f"time: {times}; {found['total_seconds']:.0f} s in all, with {passes}"
     console.print(line, soft_wrap=True)
 
 

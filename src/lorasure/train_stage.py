@@ -13,7 +13,7 @@ from typing import Any
 from . import artifacts, lora
 from .calibrate import calibrate
 from .checkpoint import Keeper, Utility, remove_checkpoints
-from .config import AUTO
+from .config import AUTO, ForgetSettings
 from .data.pairing import sample
 from .errors import DataError
 from .level import ROWS as LEVEL_ROWS
@@ -59,7 +59,7 @@ def train_adapter(
         "on_guard": bench.fired,
     }
     if s.lr == AUTO:
-        s = replace(s, lr=_calibrated(bench, run, wrapped, objective, len(steps), options))
+        s = replace(s, lr=_calibrated(bench, run, wrapped, objective, s, len(steps), options))
     logged_fit(keeper, bench.reporter, wrapped, steps, objective, s, **options)
     trained = Start(lora.trained_factors(wrapped, start.factors), {})
     trained.check_finite()
@@ -72,7 +72,13 @@ def train_adapter(
 
 
 def _calibrated(
-    bench: Workbench, run: Path, wrapped: Any, objective: ForgetObjective, steps: int, options: dict[str, Any]
+    bench: Workbench,
+    run: Path,
+    wrapped: Any,
+    objective: ForgetObjective,
+    settings: ForgetSettings,
+    steps: int,
+    options: dict[str, Any],
 ) -> float:
     """The learning rate of `--lr auto`: that in the run's summary, or else found now and noted there."""
     summary = artifacts.read_json(run / artifacts.SUMMARY)
@@ -80,7 +86,7 @@ def _calibrated(
         forget, began = bench.data[0].examples, time.perf_counter()
         known = lambda rows: mean_probability(bench, wrapped, [forget[i] for i in rows]).value  # noqa: E731
         with bench.reporter.stage("calibrate"):
-            found = calibrate(wrapped, objective, bench.settings, steps, known, **options)
+            found = calibrate(wrapped, objective, settings, steps, known, **options)
         summary = update_summary(run, {RATE: found | {"seconds": time.perf_counter() - began}})
         bench.reporter.note(f"train: learning rate {found['rate']:.2g}, found in {found['steps']} steps (--lr auto).")
     with artifacts.as_written(run / artifacts.SUMMARY):
