@@ -245,6 +245,10 @@ def test_the_commands_give_the_same_scores_and_json(
     assert "--write-log" in capsys.readouterr().err
     assert main([*logged, "--overwrite"]) == 0 and "extraction_strength" in (tmp_path / "mine.json").read_text()
     capsys.readouterr()
+    assert main(["purge", str(tmp_path / "reference")]) == 0
+    capsys.readouterr()
+    assert main(["score", str(tmp_path / "reference")]) == 3
+    assert "records of this evaluation were removed; the scores are still in scores.json" in capsys.readouterr().err
     about = read_evaluation(tmp_path / "one").about
     assert about["sets"]["forget"]["rows"] == 5 and about["adapter"] is None and about["template"] == "qa"
     assert set(about["seconds"]) == {"likelihood", "generation"}

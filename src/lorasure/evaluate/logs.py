@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import artifacts
 from ..errors import DataError, NumericError, UsageError
-from .evaluation import ABOUT, Evaluation, Record, read_evaluation
+from .evaluation import ABOUT, SCORES, Evaluation, Record, read_evaluation
 from .metrics import Score, extraction_strength
 from .tofu import FACTS, ratios
 
@@ -105,6 +105,8 @@ def open_evaluation(path: Path) -> Evaluation:
     for file in (path, *(path / log.file for log in LOGS)):
         if file.is_file():
             return _read_log(file)
+    if (path / SCORES).is_file():
+        raise DataError(f"{path}: the records of this evaluation were removed; the scores are still in {SCORES}.")
     names = ", ".join([ABOUT, *(log.file for log in LOGS)])
     raise DataError(f"{path}: no evaluation there. Looked for a folder with one of {names}, or the file of such a log.")
 
