@@ -55,14 +55,16 @@ def test_gradients_are_those_of_before(name):
             torch.testing.assert_close(found[site][factor].second, kept.second, atol=1e-4 * scale, rtol=0)
 
 
-@pytest.mark.parametrize("norm", ["adds one", "other epsilon"])
+@pytest.mark.parametrize("norm", ["adds one", "other epsilon", "fails alone"])
 def test_a_norm_that_computes_something_else_stays(norm):
     model = scattered("llama")
     own = model.model.norm
     if norm == "adds one":
         own.forward = lambda x: nn.functional.rms_norm(x, x.shape[-1:], own.weight + 1, own.variance_epsilon)
-    else:
+    elif norm == "other epsilon":
         own.forward = lambda x: nn.functional.rms_norm(x, x.shape[-1:], own.weight, 2 * own.variance_epsilon)
+    else:
+        own.forward = lambda x: nn.functional.rms_norm(x, x.shape[2:], own.weight, own.variance_epsilon)
     fuse_norms(model)
     assert model.model.norm is own and len(fused(model)) == 4
 

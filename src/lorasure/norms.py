@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,12 @@ def _fusible(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.R
                 continue
             fused = nn.RMSNorm(weight.shape, eps, device="meta").train(norm.training)
             fused.weight = weight
-            # Of about the size of eps, which then takes part; its weights may all be 1, or 0 where 1 is added to them.
-            x = torch.linspace(-2, 2, weight.numel(), device=weight.device, dtype=weight.dtype) * eps**0.5
-            if close(fused(x), norm(x), 0, 4, weight.dtype).all():
+            if tried(partial(_same, fused, norm)):
                 yield parent, name, norm, fused
+
+
+def _same(fused: nn.RMSNorm, norm: nn.Module) -> bool:
+    """On numbers of about the size of eps, which then takes part; weights may all be 1, or 0 where 1 is added."""
+    weight, eps = fused.weight, fused.eps or 0.0
+    x = torch.linspace(-2, 2, weight.numel(), device=weight.device, dtype=weight.dtype) * eps**0.5
+    return bool(close(fused(x), norm(x), 0, 4, weight.dtype).all())
