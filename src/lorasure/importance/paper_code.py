@@ -43,16 +43,16 @@ def paper_moments(
     """The two sets' published scores, as Moments whose `second` and `variance` are that score; the floor is EPSILON."""
     check_published(score, probe.space)
     generator = random.Random(probe.seed)
-    sums: dict[str, _Sums] = {"forget": _Sums(), "retain": _Sums()}
+    sums: dict[str, _Sums] = {name: _Sums(model, sites, probe) for name in ("forget", "retain")}
     for _ in range(PASSES):
         order = generator.sample(range(len(forget)), len(forget))
         for start in range(0, len(order), BATCH_SIZE):
             chosen = order[start : start + BATCH_SIZE]
-            sums["forget"].add(model, sites, [forget[i] for i in chosen], probe)
-            sums["retain"].add(model, sites, generator.choices(retain, k=len(chosen)), probe)
+            sums["forget"].add([forget[i] for i in chosen])
+            sums["retain"].add(generator.choices(retain, k=len(chosen)))
             if progress:
                 progress(2 * len(chosen))
-    forget_scores, retain_scores = (sums[name].scores(score, sites, probe, model.device) for name in sums)
+    forget_scores, retain_scores = (sums[name].scores(score) for name in sums)
     return forget_scores, retain_scores
 
 
@@ -66,29 +66,30 @@ def check_published(score: str, space: str) -> None:
 class _Sums:
     """Token-weighted sums of the batch gradient and of its square, per site and factor."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], probe: Probe) -> None:
+        self.model, self.sites, self.probe = model, sites, probe
+        self.factors = {site.name: probe.factors(site, model.device) for site in sites}
+        self.operands = {site.name: probe.operands(site, model) for site in sites}
         self.tokens = 0
         self.first: dict[tuple[str, str], Tensor] = {}
         self.second: dict[tuple[str, str], Tensor] = {}
 
-    def add(self, model: PreTrainedModel, sites: Sequence[Site], batch: Sequence[Example], probe: Probe) -> None:
-        factors = {site.name: probe.factors(site, model.device) for site in sites}
-        operands = {site.name: probe.operands(site, model) for site in sites}
+    def add(self, batch: Sequence[Example]) -> None:
         tokens = sum(e.answer_length for e in batch)
         gradients: dict[tuple[str, str], Tensor] = {}
 
         def perturb(site: Site, x: Tensor, y: Tensor) -> Tensor | None:
-            f = factors[site.name]
-            return probe.scaling * (x.float() @ f["A"].T) @ f["B"].T if f else None
+            f = self.factors[site.name]
+            return self.probe.scaling * (x.float() @ f["A"].T) @ f["B"].T if f else None
 
         def observe(site: Site, x: Tensor, d: Tensor) -> None:
-            for values in per_example(probe, operands[site.name], x, d):
+            for values in per_example(self.probe, self.operands[site.name], x, d):
                 for name, value in values.items():
                     key = (site.name, name)
                     gradients[key] = gradients.get(key, 0) + value.sum(0)
 
-        with tap(model, sites, forward=perturb, backward=observe):
-            answers, _ = answer_logits(model, collate(batch).to(model.device))
+        with tap(self.model, self.sites, forward=perturb, backward=observe):
+            answers, _ = answer_logits(self.model, collate(batch).to(self.model.device))
             loss = answers.nll_sum.sum() / tokens
             if loss.requires_grad:  # else no token was routed to any of the experts that are listened to
                 loss.backward()
@@ -97,11 +98,11 @@ class _Sums:
             self.first[key] = self.first.get(key, 0) + gradient * tokens
             self.second[key] = self.second.get(key, 0) + gradient.square() * tokens
 
-    def scores(self, score: str, sites: Sequence[Site], probe: Probe, device: torch.device) -> SetMoments:
+    def scores(self, score: str) -> SetMoments:
         """Zero for a site that no token reached (an expert)."""
         result: SetMoments = {}
-        for site, factor, shape in ((s.name, *item) for s in sites for item in probe.shapes(s).items()):
-            zero = torch.zeros(shape, device=device)
+        for site, factor, shape in ((s.name, *item) for s in self.sites for item in self.probe.shapes(s).items()):
+            zero = torch.zeros(shape, device=self.model.device)
             first = self.first.get((site, factor), zero)
             value = self.second.get((site, factor), zero) / self.tokens
             if score == "variance":
