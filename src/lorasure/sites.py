@@ -7,7 +7,7 @@ or one expert of a mixture that keeps all experts in a single 3-D parameter.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,21 @@ def _expert_sites(name: str, module: nn.Module) -> list[Site]:
         shape = (weight.shape[2], weight.shape[1]) if module.is_transposed else (weight.shape[1], weight.shape[2])
         sites += [Site(name, shape, bool(module.is_transposed), parameter, e) for e in range(weight.shape[0])]
     return sites
+
+
+def grouped(sites: Iterable[Site], size: Callable[[Site], int], room: int) -> Iterator[list[Site]]:
+    """All sites in their order, in groups of as many neighbours as fit into `room` together, one at least."""
+    group: list[Site] = []
+    taken = 0
+    for site in sites:
+        own = size(site)
+        if group and taken + own > room:
+            yield group
+            group, taken = [], 0
+        group.append(site)
+        taken += own
+    if group:
+        yield group
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ..errors import NumericError
 from ..forward import Progress, answer_hidden
 from ..layers import decoder_layers
 from ..precision import operand, product
-from ..sites import Site
+from ..sites import Site, grouped
 from ..tap import tap
 
 ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 1.4e9
@@ -148,18 +148,13 @@ class InGroups:
 
     def group(self, first: int) -> Sequence[Site]:
         """The sites that are measured together from number `first` on. None is counted as shared."""
-        taken, end = 0, first
-        while end < len(self.sites):
-            taken += 2 * 4 * self.sites[end].shape[side_of(self.evidence)] ** 2
-            if taken > self.room and end > first:
-                break
-            end += 1
-        return self.sites[first:end]
+        return next(grouped(self.sites[first:], self._size, self.room))
 
     @property
-    def groups(self) -> list[Sequence[Site]]:
+    def groups(self) -> list[list[Site]]:
         """All of them."""
-        found: list[Sequence[Site]] = []
-        while (done := sum(map(len, found))) < len(self.sites):
-            found.append(self.group(done))
-        return found
+        return list(grouped(self.sites, self._size, self.room))
+
+    def _size(self, site: Site) -> int:
+        """Bytes of the second moments of both sets."""
+        return 2 * 4 * site.shape[side_of(self.evidence)] ** 2

@@ -9,7 +9,7 @@ the model measured is exactly the model. The published code adds its random prob
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -22,7 +22,7 @@ from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError, UsageError
 from ..forward import Progress, answer_logits
 from ..precision import operand, product
-from ..sites import Site
+from ..sites import Site, grouped
 from ..tap import tap
 from .moments import Moments
 
@@ -135,8 +135,7 @@ def moments(
                 progress(len(batch) * processes.size())
     for some in together:
         some.finish(len(examples))
-    found = {name: kept for some in together for name, kept in some.moments().items()}
-    result = {site.name: found[site.name] for site in sites}
+    result = {name: kept for some in together for name, kept in some.moments().items()}
     _check_finite(result)
     return result
 
@@ -199,30 +198,21 @@ class _Together:
         found: SetMoments = {site.name: {} for site in self.sites}
         parts = (t.split(sizes) for t in self.kept.tensors().values())
         for (site, name, shape), *flat in zip(self.shapes, *parts, strict=True):
+            factor = [t.view(shape[::-1]).mT if name in LEFT else t.view(shape) for t in flat]
             if len(sizes) > 1:
-                flat = [t.clone() for t in flat]
-            factor = [t.view(shape[::-1]).mT.contiguous() if name in LEFT else t.view(shape) for t in flat]
+                factor = [t.clone(memory_format=torch.contiguous_format) for t in factor]
             found[site.name][name] = Moments(self.kept.count, *factor)
         return found
 
 
-def _together(sites: Sequence[Site], probe: Probe, device: torch.device) -> Iterable[_Together]:
+def _together(sites: Sequence[Site], probe: Probe, device: torch.device) -> Iterator[_Together]:
     """All sites, in their order. An expert is alone, as not every pass reaches it, and so is a site in `full` space."""
-    group: list[Site] = []
-    size = 0
-    for site in sites:
+
+    def size(site: Site) -> int:
         alone = probe.space == "full" or site.expert is not None
-        own = sum(prod(shape) for shape in probe.shapes(site).values())
-        if group and (alone or size + own > TOGETHER):
-            yield _Together(group, probe, device)
-            group, size = [], 0
-        if alone:
-            yield _Together([site], probe, device)
-        else:
-            group.append(site)
-            size += own
-    if group:
-        yield _Together(group, probe, device)
+        return TOGETHER if alone else sum(prod(shape) for shape in probe.shapes(site).values())
+
+    return (_Together(group, probe, device) for group in grouped(sites, size, TOGETHER))
 
 
 def _check_finite(result: SetMoments) -> None:
