@@ -19,7 +19,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,8 +231,8 @@ def train(stages: Stages, model, start, sets, loss: str, a: argparse.Namespace, 
     wrapped = lora.attach(model, start, RANK, ALPHA, compensate=True)
 
     def run(name: str, steps: Sequence[list[Unit]], compiled: bool, **about: float) -> None:
-        settings = OptimizerSettings(lr=1e-4, epochs=a.epochs, batch_size=32, max_grad_growth=1e9, compile=compiled)
-        settings = replace(settings, gradient_checkpointing=a.gradient_checkpointing)
+        how = {"compile": compiled, "gradient_checkpointing": a.gradient_checkpointing}
+        settings = OptimizerSettings(lr=1e-4, epochs=a.epochs, batch_size=32, max_grad_growth=1e9, **how)
         stages.run(name, lambda: fit(wrapped, steps, objective, settings, token_budget=a.tokens), **about)
 
     whole = {"tokens": tokens * a.epochs, "operations": least * a.epochs}

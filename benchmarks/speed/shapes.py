@@ -9,10 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig, PreTrainedModel
 
-from lorasure.answer_rows import find_free_layers
 from lorasure.data.examples import Example
-from lorasure.norms import fuse_norms
-from lorasure.packing import find_packing
+from lorasure.models import find_shortcuts
 
 # Prompt and answer tokens at 32 evenly spaced quantiles of forget10 and as many retain rows.
 LENGTHS = (
@@ -52,10 +50,7 @@ def build(name: str, device: torch.device, *, four_bit: bool) -> PreTrainedModel
     model.eval().requires_grad_(False)
     model.config.use_cache = False
     model = _quantised(model, device) if four_bit else model
-    if device.type == "cuda":
-        fuse_norms(model)
-    find_free_layers(model)
-    find_packing(model)
+    find_shortcuts(model)
     return model
 
 

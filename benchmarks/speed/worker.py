@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +101,25 @@ def growth(spec: dict[str, Any]) -> dict[str, Any]:
     tokens = sum(len(e) for part in sets for e in part)
     forget, retain = sets
     ours.importance(model, sites, forget[:8], retain[:8], setting)
-    found: dict[str, Any] = {"tokens": tokens}
-    took: list[float] = []
     kept: list[Any] = []
-    measure = lambda: kept.append(ours.importance(model, sites, forget, retain, setting))  # noqa: E731
-    peak = peak_above(lambda: took.append(lasted(measure)))
-    found["importance"] = {"seconds_per_token": took[-1] / tokens, "peak_bytes": peak}
-    peak = peak_above(lambda: took.append(lasted(lambda: ours.initialise(model, sites, kept[0], setting))))
-    found["init"] = {"seconds": took[-1], "peak_bytes": peak}
+
+    def cost(work: Callable[[], object]) -> tuple[float, int]:
+        took: list[float] = []
+        peak = peak_above(lambda: took.append(lasted(work)))
+        return took[0], peak
+
+    measuring = cost(lambda: kept.append(ours.importance(model, sites, forget, retain, setting)))
+    starting = cost(lambda: ours.initialise(model, sites, kept[0], setting))
     objective = ours.observed(model, sites, forget, retain, "ihl", setting)
     order = [(i, i) for i in range(spec["rows"])]
     start = small_start(sites, setting)
-    peak = peak_above(lambda: took.append(lasted(lambda: ours.train(model, start, objective, order, setting))))
-    return found | {"ihl": {"seconds_per_token": took[-1] / tokens, "peak_bytes": peak}}
+    training = cost(lambda: ours.train(model, start, objective, order, setting))
+    return {
+        "tokens": tokens,
+        "importance": {"seconds_per_token": measuring[0] / tokens, "peak_bytes": measuring[1]},
+        "init": {"seconds": starting[0], "peak_bytes": starting[1]},
+        "ihl": {"seconds_per_token": training[0] / tokens, "peak_bytes": training[1]},
+    }
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:

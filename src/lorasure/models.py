@@ -137,11 +137,16 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     check_causal(loaded, model)
-    if device.type == "cuda" and not processes.sharded():  # where weights are shared out their modules are known
-        fuse_norms(loaded)
-    find_free_layers(loaded)
-    find_packing(loaded)
+    find_shortcuts(loaded)
     return loaded
+
+
+def find_shortcuts(model: PreTrainedModel) -> None:
+    """Try, on a base model on its device, all that makes its passes faster."""
+    if model.device.type == "cuda" and not processes.sharded():  # where weights are shared out their modules are known
+        fuse_norms(model)
+    find_free_layers(model)
+    find_packing(model)
 
 
 def _share_out(model: PreTrainedModel, device: torch.device) -> None:
