@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import random_examples, tiny_llama
+from lorasure.models import find_shortcuts
 from lorasure.sites import all_sites
 
 SPEED = Path(__file__).resolve().parents[1] / "benchmarks" / "speed"
@@ -47,9 +48,10 @@ def steps_of(train) -> list[tuple[dict, list[torch.Tensor]]]:
 
 def both(loss: str, style: theirs.Style, setting: Setting = SETTING):
     model = tiny_llama()
+    other = copy.deepcopy(model)
+    find_shortcuts(model)
     start = small_start(all_sites(model), setting)
     objective = ours.observed(model, start, FORGET, RETAIN, loss, setting)
-    other = copy.deepcopy(model)
     mine = steps_of(lambda keep: ours.train(model, start, objective, PAIRS, setting, budget=60, on_step=keep))
     rest = (FORGET, RETAIN, PAIRS, loss, SETTING)
     theirs_ = steps_of(lambda keep: theirs.train(style, other, start, *rest, on_step=keep))

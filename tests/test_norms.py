@@ -1,4 +1,4 @@
-"""PyTorch's own norm in place of a model's: only where it computes the same, and nothing else changes."""
+"""One norm in place of a model's: only where it computes the same, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES, tiny_model
 from conftest import random_examples
 from lorasure import models
 from lorasure.importance.collect import Probe, moments
-from lorasure.norms import fuse_norms
+from lorasure.norms import Norm, fuse_norms
 from lorasure.sites import all_sites
 
 FUSED = {"llama": 5, "mistral": 5, "qwen2": 5, "phi3": 5, "mixtral": 5, "qwen2-moe": 5, "qwen3-moe": 9, "gpt-oss": 5}
@@ -29,7 +29,7 @@ def scattered(name):
 
 
 def fused(model):
-    return [module for module in model.modules() if type(module) is nn.RMSNorm]
+    return [module for module in model.modules() if type(module) is Norm]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -80,11 +80,34 @@ def test_a_model_that_differs_with_them_keeps_all_its_own(fault, monkeypatch):
             raise RuntimeError
         return nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps) * (1.5 if x.dim() > 1 else 1)
 
-    monkeypatch.setattr(nn.RMSNorm, "forward", wrong)
+    monkeypatch.setattr(Norm, "forward", wrong)
     fuse_norms(model)
     assert [type(module) for module in model.modules()] == own
 
 
-def test_on_a_cpu_a_model_is_as_it_was_written(model_folder):
-    loaded = models.load_model(str(model_folder), dtype=torch.float32, device=torch.device("cpu"))
-    assert not fused(loaded)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_what_a_cpu_computes_is_what_pytorch_does(dtype, size):
+    """`Scaling` against torch.nn.functional.rms_norm, forward and backward, also where eps takes part."""
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(2, 3, 8, generator=generator).to(dtype) for _ in range(2))
+    norm = Norm(8, 1e-6, dtype=dtype).requires_grad_(False)
+    norm.weight.normal_(generator=generator)
+    ours, theirs = ((size * x).requires_grad_() for _ in range(2))
+    found, expected = norm(ours), nn.functional.rms_norm(theirs, (8,), norm.weight, 1e-6)
+    assert type(found.grad_fn).__name__ == "ScalingBackward" and found.dtype == dtype
+    found.backward(g)
+    expected.backward(g)
+    for one, other in ((found, expected), (ours.grad, theirs.grad)):
+        scale = float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, atol=8 * torch.finfo(dtype).eps * scale, rtol=0)
+
+
+def test_a_weight_that_is_trained_has_a_gradient():
+    norm = Norm(8, 1e-6)
+    norm(torch.randn(2, 3, 8)).sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.abs().max() > 0
+
+
+def test_a_model_that_is_loaded_has_them(model_folder):
+    assert fused(models.load_model(str(model_folder), dtype=torch.float32, device=torch.device("cpu")))

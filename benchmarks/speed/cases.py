@@ -33,7 +33,7 @@ class Part:
 
 def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> dict[str, Part]:
     """The parts of the given groups; `few`: the rows for `published`."""
-    model = work.model()
+    model, plain = work.model(), work.plain_model()
     sites = all_sites(model)
     start = small_start(sites, setting)
     first, second = work.examples
@@ -43,13 +43,17 @@ def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> 
         find_free_layers(copied)  # what `load_model` has found of the original does not come with it
         return copied
 
+    def written() -> PreTrainedModel:
+        """For the others: the model's own code."""
+        return copy.deepcopy(plain)
+
     def bare() -> float:
-        batches, wrapped = ours.bare_batches(first, second), ours.bare_model(fresh(), start, setting)
+        batches, wrapped = ours.bare_batches(first, second), ours.bare_model(written(), start, setting)
         return lasted(lambda: ours.bare(wrapped, batches))
 
     def importance_of(style: theirs.Style, rows: Workload, **options) -> Timed:
         def run() -> float:
-            spoilt = fresh()
+            spoilt = written()
             return lasted(lambda: theirs.importance(style, spoilt, sites, *rows.examples, setting, **options))
 
         return run
@@ -59,7 +63,7 @@ def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> 
 
     def epoch_of(style: theirs.Style, rows: Workload, loss: str, start) -> Timed:
         def run() -> float:
-            changed, order = fresh(), order_of(rows, setting)
+            changed, order = written(), order_of(rows, setting)
             return lasted(lambda: theirs.train(style, changed, start, *rows.examples, order, loss, setting))
 
         return run
@@ -74,7 +78,7 @@ def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> 
         return run
 
     def init_of(style: theirs.Style) -> Timed:
-        measured = theirs.importance(theirs.TYPICAL, fresh(), sites, *few.examples, setting)
+        measured = theirs.importance(theirs.TYPICAL, written(), sites, *few.examples, setting)
         return lambda: lasted(lambda: theirs.initialise(style, model, sites, measured, setting))
 
     def our_init() -> Timed:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorasure.config import ModelSettings
 from lorasure.data.examples import Example, Row
@@ -18,7 +18,7 @@ from lorasure.data.load import encode_rows
 from lorasure.data.readers import read_rows
 from lorasure.importance.collect import Probe
 from lorasure.init.low_rank import Factors
-from lorasure.models import load_model, load_tokenizer
+from lorasure.models import find_shortcuts, load_model, load_tokenizer
 from lorasure.sites import Site
 
 EPOCHS = 5
@@ -55,7 +55,13 @@ class Workload:
     examples: tuple[tuple[Example, ...], tuple[Example, ...]]
 
     def model(self) -> PreTrainedModel:
+        """As this library loads it."""
         return load_model(str(self.folder), dtype=torch.float32, device=torch.device("cpu"))
+
+    def plain_model(self) -> PreTrainedModel:
+        """As transformers does."""
+        found = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return found.eval().requires_grad_(False)
 
     def subset(self, count: int) -> Workload:
         """`count` rows of each set, evenly spaced."""
@@ -103,8 +109,8 @@ def _workload(title: str, folder: Path, forget: Sequence[Row], retain: Sequence[
     return Workload(title, folder, (tuple(forget), tuple(retain)), (tuple(examples[0]), tuple(examples[1])))
 
 
-def random_model(*, width: int = 128, layers: int = 4, vocabulary: int = 2048) -> LlamaForCausalLM:
-    """A Llama with random weights, frozen, for growth curves."""
+def random_model(*, width: int = 128, layers: int = 4, vocabulary: int = 2048) -> PreTrainedModel:
+    """A Llama with random weights, frozen, as this library uses it, for growth curves."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -118,7 +124,9 @@ def random_model(*, width: int = 128, layers: int = 4, vocabulary: int = 2048) -
         eos_token_id=0,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    find_shortcuts(model)
+    return model
 
 
 def random_examples(count: int, length: int, vocabulary: int, seed: int) -> list[Example]:

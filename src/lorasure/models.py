@@ -29,6 +29,7 @@ from .model_files import commit, locate, weight_files
 from .norms import fuse_norms
 from .packing import find_packing
 from .registry import lookup
+from .rotations import fuse_rotations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZE = ("nf4",)  # of bitsandbytes; QLoRA, arXiv 2305.14314
@@ -143,8 +144,9 @@ def load_model(
 
 def find_shortcuts(model: PreTrainedModel) -> None:
     """Try, on a base model on its device, all that makes its passes faster."""
-    if model.device.type == "cuda" and not processes.sharded():  # where weights are shared out their modules are known
+    if not processes.sharded():  # where weights are shared out their modules are known
         fuse_norms(model)
+        fuse_rotations(model)
     find_free_layers(model)
     find_packing(model)
 
