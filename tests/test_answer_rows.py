@@ -23,7 +23,7 @@ from lorasure.layers import decoder_layers
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.losses.tokens import shift
-from lorasure.objective import ForgetObjective, forget_steps
+from lorasure.objective import ForgetObjective, ForgetSteps
 from lorasure.prefix import find_prefix, lowest_layer
 from lorasure.sites import all_sites
 
@@ -43,7 +43,7 @@ def step_of(name, *, restricted, prefix=False, checkpointing=False):
     if restricted:
         find_free_layers(model)
     objective = ForgetObjective(FORGET, RETAIN, (), FORGET_LOSSES["npo"].function, RETAIN_LOSSES["kl"].function)
-    (step,) = forget_steps(objective, epochs=1, batch_size=5, pairing="random", seed=0)
+    (step,) = ForgetSteps(objective, epochs=1, batch_size=5, pairing="random", seed=0)
     sites = all_sites(model)
     if prefix:
         sites = [site for site in sites if lowest_layer(decoder_layers(model), model, [site]) == 1]

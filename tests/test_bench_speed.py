@@ -52,7 +52,8 @@ def both(loss: str, style: theirs.Style, setting: Setting = SETTING):
     find_shortcuts(model)
     start = small_start(all_sites(model), setting)
     objective = ours.observed(model, start, FORGET, RETAIN, loss, setting)
-    mine = steps_of(lambda keep: ours.train(model, start, objective, PAIRS, setting, budget=60, on_step=keep))
+    steps = [objective.step(PAIRS[:5]), objective.step(PAIRS[5:])]
+    mine = steps_of(lambda keep: ours.train(model, start, objective, steps, setting, budget=60, on_step=keep))
     rest = (FORGET, RETAIN, PAIRS, loss, SETTING)
     theirs_ = steps_of(lambda keep: theirs.train(style, other, start, *rest, on_step=keep))
     return mine, theirs_

@@ -27,7 +27,7 @@ from lorasure.data import examples as data
 from lorasure.data.examples import IGNORED, Batch, Example, collate, pack
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
-from lorasure.objective import ForgetObjective, forget_steps
+from lorasure.objective import ForgetObjective, ForgetSteps
 from lorasure.packing import batch_of, can_pack, find_packing
 from lorasure.sites import all_sites
 
@@ -71,7 +71,7 @@ def step_of(model: Any, packed: bool) -> tuple[dict[str, torch.Tensor], list[tor
         packing._PACKS.add(model)
     forget, retain, refusals = (random_examples(n, seed) for seed, n in enumerate((9, 9, 9)))
     objective = ForgetObjective(forget, retain, refusals, FORGET_LOSSES["dpo"].function, RETAIN_LOSSES["kl"].function)
-    (step,) = forget_steps(objective, epochs=1, batch_size=9, pairing="random", seed=0)
+    (step,) = ForgetSteps(objective, epochs=1, batch_size=9, pairing="random", seed=0)
     objective.observe_original(model, [u.index for u in step if u.term == "retain"], 64)
     rows: list[torch.Tensor] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(kwargs["input_ids"]), with_kwargs=True)

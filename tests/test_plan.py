@@ -20,7 +20,7 @@ from lorasure.footprint import peak
 from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
-from lorasure.objective import forget_steps
+from lorasure.objective import ForgetSteps
 from lorasure.stages import Start
 from lorasure.tap import tap
 from lorasure.workbench import Workbench
@@ -118,7 +118,7 @@ def test_states_of_the_original_model_to_the_byte(settings, options):
     """Of the rows of all epochs: in each other retain rows meet the forget rows."""
     bench = Workbench(replace(settings, epochs=5, batch_size=2, init="lora", **options))
     said, objective = fitting.footprint(bench), bench.objective()
-    steps = list(forget_steps(objective, epochs=5, batch_size=2, pairing="random", seed=0))
+    steps = ForgetSteps(objective, epochs=5, batch_size=2, pairing="random", seed=0)
     start = Start({s: Factors(torch.zeros(s.shape[0], 4), torch.zeros(4, s.shape[1])) for s in bench.sites}, {})
     train_stage._observe(bench, objective, steps, start, None)
     kept = [*objective.retain_hidden.values(), *(objective.prefix.states.values() if objective.prefix else ())]

@@ -19,7 +19,7 @@ from lorasure.forward import answer_logits
 from lorasure.layers import decoder_layers
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
-from lorasure.objective import ForgetObjective, forget_steps
+from lorasure.objective import ForgetObjective, ForgetSteps
 from lorasure.prefix import Prefix, find_prefix, lowest_layer
 from lorasure.sites import all_sites
 
@@ -53,7 +53,7 @@ def step_of(
     """(loss terms and gradients of a step with an adapter that is not the identity, the objective)."""
     sites, notes = upper_sites(model), []
     objective = ForgetObjective(FORGET, RETAIN, REFUSALS, FORGET_LOSSES["dpo"].function, RETAIN_LOSSES["kl"].function)
-    (step,) = forget_steps(objective, epochs=1, batch_size=5, pairing="random", seed=0)
+    (step,) = ForgetSteps(objective, epochs=1, batch_size=5, pairing="random", seed=0)
     if cached:
         objective.prefix = find_prefix(model, sites, [e for u in step for e in u.sequences], 1000, notes.append)
         assert objective.prefix and not notes

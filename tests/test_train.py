@@ -14,7 +14,7 @@ from lorasure.forward import answer_records
 from lorasure.init.apply import INITS, Evidence, Request, initialise
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
-from lorasure.objective import ForgetObjective, forget_steps, learn, learn_steps, retain_penalty
+from lorasure.objective import ForgetObjective, ForgetSteps, learn, learn_steps, retain_penalty
 from lorasure.sites import all_sites
 from lorasure.train import fit
 
@@ -42,7 +42,7 @@ def prepared(loss="ihl", retain="nll", epochs=1, batch_size=5, model=None):
     """(wrapped model with a non-zero start, steps, objective that has observed the original)"""
     model = model or tiny_llama()
     objective = ForgetObjective(FORGET, RETAIN, REFUSALS, FORGET_LOSSES[loss].function, RETAIN_LOSSES[retain].function)
-    steps = list(forget_steps(objective, epochs=epochs, batch_size=batch_size, pairing="random", seed=0))
+    steps = list(ForgetSteps(objective, epochs=epochs, batch_size=batch_size, pairing="random", seed=0))
     used = [unit.index for step in steps for unit in step if unit.term == "retain"]
     objective.observe_original(model, used, 64)
     return adapted(model), steps, objective
@@ -292,3 +292,15 @@ def test_what_a_launcher_leaves_in_the_environment_does_not_change_a_step(monkey
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     _, launched = run()
     assert [r["grad_norm"] for r in launched] == [r["grad_norm"] for r in plain]
+
+
+def test_steps_are_made_when_they_are_asked_for():
+    """The same each time and in any order of asking, and as many as there are; nothing is kept of them."""
+    _, steps, objective = prepared(epochs=3, batch_size=4)
+    lazy = ForgetSteps(objective, epochs=3, batch_size=4, pairing="random", seed=0)
+    assert len(lazy) == len(steps) == 3 * -(-len(FORGET) // 4)
+    assert [lazy[i] for i in reversed(range(len(lazy)))] == steps[::-1]
+    assert lazy[0] == lazy[0] and lazy[0] is not lazy[0]
+    for outside in (-1, len(lazy)):
+        with pytest.raises(IndexError):
+            lazy[outside]

@@ -70,10 +70,11 @@ def parts(names: list[str], work: Workload, few: Workload, setting: Setting) -> 
 
     def our_epoch(loss: str, start, *, observing: float = 1 / EPOCHS) -> Timed:
         def run() -> float:
-            changed, order = fresh(), order_of(work, setting)
-            kept = []
+            changed, kept = fresh(), []
             once = lasted(lambda: kept.append(ours.observed(changed, start, first, second, loss, setting)))
-            return observing * once + lasted(lambda: ours.train(changed, start, kept[0], order, setting))
+            return observing * once + lasted(
+                lambda: ours.train(changed, start, kept[0], ours.epoch(kept[0], setting), setting)
+            )
 
         return run
 

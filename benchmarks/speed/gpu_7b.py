@@ -46,7 +46,7 @@ from lorasure.layers import checkpointed
 from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.models import pick_token_budget
-from lorasure.objective import ForgetObjective, Unit, forget_steps
+from lorasure.objective import ForgetObjective, ForgetSteps, Unit
 from lorasure.sites import Site, all_sites
 from lorasure.train import fit
 
@@ -221,7 +221,7 @@ def train(stages: Stages, model, start, sets, loss: str, a: argparse.Namespace, 
     """The references and `a.epochs` epochs; the model is as before afterwards."""
     forget, retain = sets
     objective = ForgetObjective(forget, retain, (), FORGET_LOSSES[loss].function, RETAIN_LOSSES["nll"].function)
-    steps = list(forget_steps(objective, epochs=a.epochs, batch_size=32, pairing="random", seed=0))
+    steps = list(ForgetSteps(objective, epochs=a.epochs, batch_size=32, pairing="random", seed=0))
     if "reference" in objective.inputs:
         stages.run(
             f"{loss}, references",

@@ -21,7 +21,7 @@ from lorasure.losses.forget import FORGET_LOSSES, bind
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.losses.tokens import shift
 from lorasure.models import pick_token_budget
-from lorasure.objective import ForgetObjective
+from lorasure.objective import ForgetObjective, ForgetSteps, Unit
 from lorasure.prefix import find_prefix
 from lorasure.sites import Site
 from lorasure.train import fit
@@ -68,21 +68,24 @@ def observed(
     return objective
 
 
+def epoch(objective: ForgetObjective, setting: Setting) -> ForgetSteps:
+    """The steps of the first epoch: its rows meet in the order of `cases.order_of`."""
+    return ForgetSteps(objective, epochs=1, batch_size=setting.batch_size, pairing="random", seed=setting.seed)
+
+
 def train(
     model: PreTrainedModel,
     start: dict[Site, Factors],
     objective: ForgetObjective,
-    pairs: Sequence[tuple[int, int]],
+    steps: Sequence[list[Unit]],
     setting: Setting,
     *,
     budget: int = BUDGET,
     on_step=None,
 ) -> None:
-    """One pass over `pairs` of (forget row, retain row). `on_step`: as in `theirs.train`."""
+    """One pass over `steps`. `on_step`: as in `theirs.train`."""
     wrapped = lora.attach(model, start, setting.rank, setting.alpha, compensate=True)
-    size = setting.batch_size
-    steps = [objective.step(pairs[first : first + size]) for first in range(0, len(pairs), size)]
-    optimizer = OptimizerSettings(lr=setting.lr, epochs=EPOCHS, batch_size=size, max_grad_growth=1e9)
+    optimizer = OptimizerSettings(lr=setting.lr, epochs=EPOCHS, batch_size=setting.batch_size, max_grad_growth=1e9)
     tell = partial(_told, wrapped=wrapped, on_step=on_step) if on_step else None
     fit(wrapped, steps, objective, optimizer, token_budget=budget, term_weights={"retain": setting.lam}, on_step=tell)
 

@@ -64,7 +64,7 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
     def ours_run() -> None:
         objective = ours.observed(model, start, *work.examples, loss, setting)
         budget = spec.get("rows_per_pass", 0) * work.tokens // work.count or ours.BUDGET
-        ours.train(model, start, objective, order, setting, budget=budget)
+        ours.train(model, start, objective, ours.epoch(objective, setting), setting, budget=budget)
 
     def theirs_run() -> None:
         style = theirs.PUBLISHED if spec["method"] == "published" else theirs.TYPICAL
@@ -111,9 +111,8 @@ def growth(spec: dict[str, Any]) -> dict[str, Any]:
     measuring = cost(lambda: kept.append(ours.importance(model, sites, forget, retain, setting)))
     starting = cost(lambda: ours.initialise(model, sites, kept[0], setting))
     objective = ours.observed(model, sites, forget, retain, "ihl", setting)
-    order = [(i, i) for i in range(spec["rows"])]
     start = small_start(sites, setting)
-    training = cost(lambda: ours.train(model, start, objective, order, setting))
+    training = cost(lambda: ours.train(model, start, objective, ours.epoch(objective, setting), setting))
     return {
         "tokens": tokens,
         "importance": {"seconds_per_token": measuring[0] / tokens, "peak_bytes": measuring[1]},

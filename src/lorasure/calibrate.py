@@ -19,7 +19,7 @@ from torch import nn
 
 from .config import ForgetSettings, OptimizerSettings
 from .errors import NumericError, UsageError
-from .objective import ForgetObjective, Unit, forget_steps
+from .objective import ForgetObjective, ForgetSteps, Unit
 from .schedule import rate_shares
 from .train import fit
 
@@ -78,7 +78,7 @@ def forget_ramp(objective: ForgetObjective, settings: ForgetSettings) -> list[li
     """The ramp's steps: the run's own rows in its own order, a few at a time."""
     size = min(settings.batch_size, ROWS)
     options = {"epochs": settings.epochs, "pairing": settings.pairing, "seed": settings.seed}
-    return list(islice(cycle(forget_steps(objective, batch_size=size, **options)), STEPS))
+    return list(islice(cycle(ForgetSteps(objective, batch_size=size, **options)), STEPS))
 
 
 def climb(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,21 +143,33 @@ class ForgetObjective:
         return sums
 
 
-def forget_steps(
-    objective: ForgetObjective, *, epochs: int, batch_size: int, pairing: str, seed: int
-) -> Iterator[list[Unit]]:
-    """The units of every step of the run, in an order that depends on the seed alone."""
-    groups = [[e.group for e in examples] for examples in (objective.forget, objective.retain)]
-    for epoch in range(epochs):
-        order = pairs(*groups, epoch=epoch, seed=seed, mode=pairing)
-        for start in range(0, len(order), batch_size):
-            yield objective.step(order[start : start + batch_size])
+class ForgetSteps(Sequence[list[Unit]]):
+    """The units of every step of a run, in an order that depends on the seed alone, each made when it is asked for.
+
+    Those of all epochs at once would take more memory than the rows.
+    """
+
+    def __init__(self, objective: ForgetObjective, *, epochs: int, batch_size: int, pairing: str, seed: int) -> None:
+        self.objective, self.epochs, self.batch_size = objective, epochs, batch_size
+        groups = [[e.group for e in examples] for examples in (objective.forget, objective.retain)]
+        self.order = lru_cache(maxsize=1)(lambda epoch: pairs(*groups, epoch=epoch, seed=seed, mode=pairing))
+        self.per_epoch = math.ceil(len(objective.forget) / batch_size)
+
+    def __len__(self) -> int:
+        return self.epochs * self.per_epoch
+
+    def __getitem__(self, index: int) -> list[Unit]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        epoch, step = divmod(index, self.per_epoch)
+        start = step * self.batch_size
+        return self.objective.step(self.order(epoch)[start : start + self.batch_size])
 
 
-def run_steps(objective: ForgetObjective, settings: ForgetSettings) -> Iterator[list[Unit]]:
+def run_steps(objective: ForgetObjective, settings: ForgetSettings) -> ForgetSteps:
     """The units of every step of a run with these settings."""
     s = settings
-    return forget_steps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
+    return ForgetSteps(objective, epochs=s.epochs, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
 
 
 def retain_rows(steps: Iterable[Sequence[Unit]]) -> set[int]:

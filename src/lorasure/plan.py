@@ -28,7 +28,7 @@ from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
 from .layers import checkpointed
-from .objective import forget_steps, retain_rows, run_steps
+from .objective import ForgetSteps, retain_rows, run_steps
 from .prefix import find_prefix
 from .progress import Reporter
 from .sites import Site
@@ -171,7 +171,7 @@ def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float
     answer_records(bench.model, rows, budget, clock.tick)
     count = min(len(whole.forget), (TRIED + 1) * s.batch_size)
     objective = replace(whole, forget=whole.forget[:count], refusals=whole.refusals[:count])
-    steps = list(forget_steps(objective, epochs=1, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed))
+    steps = ForgetSteps(objective, epochs=1, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
     seen = [example for step in steps for unit in step for example in unit.sequences]
     if s.epochs > 1:
         objective.prefix = find_prefix(bench.model, sites, seen, budget, bench.reporter.note)

@@ -159,8 +159,8 @@ def fit(
     ):
         if keeper:
             keeper.begin(training)
-        for step in steps[training.done :]:
-            record = step_of(step)
+        for number in range(training.done, len(steps)):
+            record = step_of(steps[number])
             over = on_step and on_step(record)
             if keeper:
                 keeper.after_step(training, record)

@@ -39,7 +39,7 @@ def train_adapter(
     s = replace(bench.settings, gradient_checkpointing=bench.checkpointing)
     summary = artifacts.read_json(run / artifacts.SUMMARY)
     objective = bench.objective()
-    steps = list(run_steps(objective, s))
+    steps = run_steps(objective, s)
     used = retain_rows(steps)
     before = _observe(bench, objective, steps, start, summary.get("before"))
     prefix = {"prefix": objective.prefix.about()} if objective.prefix else {}

@@ -40,7 +40,7 @@ from .models import (
     pick_dtype,
     pick_token_budget,
 )
-from .objective import ForgetObjective, forget_steps
+from .objective import ForgetObjective, ForgetSteps
 from .progress import Reporter
 from .registry import lookup
 from .schedule import SCHEDULES
@@ -66,7 +66,7 @@ class Workbench:
         s = self.settings
         with self.reporter.held():
             _ = self.data, self.unseen, self.sites, self.fingerprint
-            next(forget_steps(self.objective(), epochs=1, batch_size=1, pairing=s.pairing, seed=s.seed))
+            ForgetSteps(self.objective(), epochs=1, batch_size=1, pairing=s.pairing, seed=s.seed).order(0)
 
     def fired(self, guard: dict[str, Any]) -> None:
         """Say that a guard has acted, and add it to the run's summary at once."""

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..init.apply import INITS, Evidence, initialise
 from ..losses.retain import nll
 from ..losses.tokens import Answers
-from ..objective import ForgetObjective, forget_steps
+from ..objective import ForgetObjective, ForgetSteps
 from ..outcome import ASSISTANT
 from ..stages import CHECKED_ROWS
 from ..train_stage import logged_fit
@@ -62,7 +62,7 @@ def train(bench: Workbench, settings: UldSettings, run: Path, assistant: lora.Pe
     forget, retain = (part.examples for part in bench.data)
     objective = ForgetObjective(forget, retain, (), nll, uniform)
     order = {"epochs": settings.epochs, "batch_size": settings.batch_size, "seed": settings.seed}
-    steps = list(forget_steps(objective, **order, pairing="random"))
+    steps = ForgetSteps(objective, **order, pairing="random")
     keeper = Keeper(run, settings.checkpoint_every, bench.reporter.note)
     options = {"token_budget": bench.token_budget, "term_weights": {"retain": settings.lambda_}}
     logged_fit(keeper, bench.reporter, assistant, steps, objective, settings, **options, on_guard=bench.fired)
