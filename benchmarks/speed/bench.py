@@ -173,22 +173,28 @@ def growth(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def whole_run(a: argparse.Namespace, results: dict[str, Any], work, folder: Path) -> dict[str, Any]:
-    """NPO with VILA as whole processes, alternating. `published` is put together from its timed parts."""
+    """NPO with VILA as whole processes, alternating. `published` is put together from its timed parts.
+
+    `growth`: our command, with one epoch, on more and more rows.
+    """
     from clock import alternate, ratios, spread
     from worker import in_process, measured
     from workload import EPOCHS, Setting
 
     s, rows = Setting(), len(work.examples[0])
-    files = work.write(folder)
-    flags = {"model": work.folder, "forget": files[0], "retain": files[1], "loss": "npo"}
-    flags |= {"epochs": EPOCHS, "batch-size": s.batch_size, "rank": s.rank, "alpha": s.alpha, "beta": s.beta}
-    flags |= {"init": "vila", "lr": s.lr, "device": "cpu", "max-grad-growth": 1e9}
-    command = [sys.executable, "-m", "lorasure", "forget", *(f"--{k}={v}" for k, v in flags.items())]
     parts: list[dict[str, float]] = []
 
-    def ours() -> float:
+    def forget(work, epochs: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=folder) as out:
-            return measured([*command, f"--out={out}/run"], a.threads)["total_seconds"]
+            files = work.write(Path(out))
+            flags = {"model": work.folder, "forget": files[0], "retain": files[1], "loss": "npo", "init": "vila"}
+            flags |= {"epochs": epochs, "batch-size": s.batch_size, "rank": s.rank, "alpha": s.alpha, "beta": s.beta}
+            flags |= {"lr": s.lr, "device": "cpu", "max-grad-growth": 1e9, "out": f"{out}/run"}
+            command = [sys.executable, "-m", "lorasure", "forget", *(f"--{k}={v}" for k, v in flags.items())]
+            return measured(command, a.threads)
+
+    def ours() -> float:
+        return forget(work, EPOCHS)["total_seconds"]
 
     def typical() -> float:
         parts.append(in_process({"job": "run", "shared": str(a.shared), "rows": rows, "threads": a.threads}))
@@ -205,7 +211,9 @@ def whole_run(a: argparse.Namespace, results: dict[str, Any], work, folder: Path
         times["published"] = [
             p["total_seconds"] - p["importance_seconds"] - p["train_seconds"] + timed for p in parts
         ]  # what surrounds them as in `typical`
-    return {"rows": 2 * rows, "seconds": times, "ratios": ratios(times, dict.fromkeys(times, 2 * rows))}
+    points = [{"rows": 2 * count, **forget(work.stretched(count), 1)} for count in (rows // 4, rows, 4 * rows)]
+    found = {"rows": 2 * rows, "seconds": times, "ratios": ratios(times, dict.fromkeys(times, 2 * rows))}
+    return found | {"growth": points}
 
 
 if __name__ == "__main__":

@@ -57,6 +57,17 @@ def flatness(part: str, what: str) -> Callable[[Results], float]:
     return read
 
 
+def _per_added_row(results: Results) -> float:
+    """What surrounds the rows, loading and starting, is the same for all."""
+    few, some, many = ((p["rows"], p["total_seconds"]) for p in results["run"]["growth"])
+    return (many[1] - some[1]) / (many[0] - some[0]) / ((some[1] - few[1]) / (some[0] - few[0]))
+
+
+def _resident(results: Results) -> float:
+    points = results["run"]["growth"]
+    return points[-1]["resident_bytes"] / points[0]["resident_bytes"]
+
+
 SIZES = ("width", "vocabulary", "rank", "length")
 BARS = [
     Bar("importance, one pass", "published", 8, _ratio("importance", "published")),
@@ -90,6 +101,8 @@ BARS = [
     Bar("time per token, most rows to fewest, training", "rows", 1.15, flatness("ihl", "seconds_per_token"), True),
     Bar("peak memory, most rows to fewest, importance", "rows", 1.15, flatness("importance", "peak_bytes"), True),
     Bar("peak memory, most rows to fewest, training", "rows", 1.15, flatness("ihl", "peak_bytes"), True),
+    Bar("time per added row, most to fewest, whole command", "rows", 1.15, _per_added_row, True),
+    Bar("memory of the process, most rows to fewest", "rows", 1.15, _resident, True),
 ]
 
 

@@ -23,7 +23,7 @@ def in_process(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(command: list[str], threads: int) -> dict[str, Any]:
-    """`total_seconds` of a command, and the JSON of its last line if there is one."""
+    """`total_seconds` and peak `resident_bytes` of a command, and the JSON of its last line if there is one."""
     import time
 
     began = time.perf_counter()
@@ -39,7 +39,7 @@ def measured(command: list[str], threads: int) -> dict[str, Any]:
         lines = out.read().splitlines()
     spent = usage.ru_utime + usage.ru_stime if threads == 1 else wall
     last = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    return last | {"total_seconds": spent}
+    return last | {"total_seconds": spent, "resident_bytes": usage.ru_maxrss * 1024}
 
 
 def memory(spec: dict[str, Any]) -> dict[str, Any]:

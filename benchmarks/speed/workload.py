@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ class Workload:
     @property
     def count(self) -> int:
         return sum(map(len, self.examples))
+
+    def stretched(self, count: int) -> Workload:
+        """`count` rows of each set: these again and again, from the second time on with a number in the prompt."""
+        again = lambda rows: tuple(  # noqa: E731
+            row if i < len(rows) else replace(row, prompt=f"{row.prompt} ({i // len(rows)})")
+            for i, row in zip(range(count), cycle(rows), strict=False)
+        )
+        return replace(self, rows=(again(self.rows[0]), again(self.rows[1])))
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """The two files that a whole run reads."""
