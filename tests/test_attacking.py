@@ -99,10 +99,10 @@ def test_models_are_the_ones_they_are_called(everything, run, retrained):
     base = AutoModelForCausalLM.from_pretrained(weights.parent).eval()
     other = AutoModelForCausalLM.from_pretrained(retrained).eval()
     assert named(lines, "scale", point=0.0)["probability"]["value"] == pytest.approx(
-        probability(base, examples), rel=1e-9
+        probability(base, examples), rel=1e-6
     )
     assert named(lines, "none", "retrained")["probability"]["value"] == pytest.approx(
-        probability(other, examples), rel=1e-9
+        probability(other, examples), rel=1e-6
     )
     wrapped = lora.load_adapter(base, run / "adapter")
     unlearned = named(lines, "none")["probability"]["value"]

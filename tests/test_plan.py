@@ -240,7 +240,12 @@ def test_the_command_prints_a_table_or_json(settings, capsys):
     assert "base weights" in said and "GiB are free" in said and "tokens a pass" in said
 
 
-def test_the_trained_model_is_gone_before_a_fresh_one_is_loaded(settings, monkeypatch):
+@pytest.mark.parametrize("failed", [False, True])
+def test_the_trained_model_is_gone_before_a_fresh_one_is_loaded(failed, settings, monkeypatch):
+    """Also in a process where torch.compile has failed: from then on callers hold what they give till a call ends."""
+    if failed:
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+            torch.compile(lambda x: x + 1, backend=lambda *_: 1 / 0)(torch.ones(1))
     loaded, real = [], models.load_model
 
     def load(*args, **options):

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,8 @@ def forget(settings: ForgetSettings, reporter: Reporter | None = None) -> Result
     with _new_run(settings, reporter) as (bench, run):
         start = started(bench, run)
         trained = _finished(bench, run, artifacts.LOG) and _finished(bench, run, artifacts.TRAINED)
-        # The model has no name here: `export` lets go of it before it loads a fresh one.
         adapted = _trained if trained else train_adapter
-        summary = export(bench, run, start, adapted(bench, run, start))
+        summary = export(bench, run, start, partial(adapted, bench, run, start))
     return Result(Path(settings.out), summary)
 
 
@@ -122,7 +122,7 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
     with folders.changed_run(run, kept, settings.overwrite) as changed:
         update_summary(changed, known)
         write_inputs(bench, changed)
-        summary = export(bench, changed, start, _trained(bench, run, start))
+        summary = export(bench, changed, start, partial(_trained, bench, run, start))
     return Result(run, summary)
 
 

@@ -157,9 +157,11 @@ def _directions(bench: Workbench, sites: Sequence[Site], sets: Sequence[Sequence
         return [bench.within_memory(partial(attempt, examples), examples, "activations") for examples in sets]
 
 
-def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -> dict[str, Any]:
+def export(bench: Workbench, run: Path, start: Start, trained: Callable[[], lora.PeftModel]) -> dict[str, Any]:
     """Stage 4. The adapter, checked on a freshly loaded base; scores of that; model card -> adapter/, summary.json.
 
+    `trained` makes the model: a caller that gave it might hold it still while the fresh one is loaded (all callers do
+    in a process where torch.compile has failed once).
     Raises NumericError when what is handed over is not what was trained (unless it is meant to be another), or when the
     fresh model's logits differ from it by more than the dtype's bound.
     """
@@ -167,6 +169,7 @@ def export(bench: Workbench, run: Path, start: Start, wrapped: lora.PeftModel) -
     probes = [e for part in bench.data for e in part.examples[:CHECKED_ROWS]]
     for made in (artifacts.ADAPTER, artifacts.MERGED):  # by an attempt that was interrupted here
         shutil.rmtree(run / made, ignore_errors=True)
+    wrapped = trained()
     with bench.reporter.stage("export"):
         whole = not s.export_rank and s.export_scale == 1
         meant = trained_and_original(wrapped, probes) if whole else None  # None: another adapter is what is asked for
