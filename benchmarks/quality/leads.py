@@ -87,14 +87,17 @@ MEASURED: dict[str, Callable[..., Moments]] = {  # lead -> where its input direc
 
 def directed(matrix: torch.Tensor, evidence: Any, request: Request) -> Factors:
     """`contrast` on the inputs' moments."""
-    found = contrast_directions(*evidence.weights["inputs"], request.rank, balance=request.balance)
+    forget, retain = evidence.weights["inputs"]
+    found = contrast_directions(forget, retain, request.rank, balance=request.balance)
     return Factors(torch.zeros(matrix.shape[0], request.rank), found.T.contiguous())
 
 
 def both_sides(matrix: torch.Tensor, evidence: Any, request: Request) -> Factors:
     """B = Q, A = Q^T W P P^T / s."""
-    p = contrast_directions(*evidence.weights["inputs"], request.rank, balance=request.balance)
-    q = contrast_directions(*evidence.weights["outputs"], request.rank, balance=request.balance)
+    p, q = (
+        contrast_directions(forget, retain, request.rank, balance=request.balance)
+        for forget, retain in (evidence.weights["inputs"], evidence.weights["outputs"])
+    )
     return Factors(q, q.T @ matrix.double() @ p @ p.T / request.scaling)
 
 
