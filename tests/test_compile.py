@@ -11,6 +11,7 @@ from conftest import random_examples, tiny_llama
 from lorasure import lora, processes
 from lorasure.errors import UsageError
 from lorasure.layers import compiled, decoder_layers
+from lorasure.models import find_shortcuts
 from lorasure.objective import learn, learn_steps
 from lorasure.sites import all_sites
 from lorasure.train import fit
@@ -30,6 +31,7 @@ def fast(monkeypatch):
 
 def adapted(left_out: str = ""):
     model = tiny_llama(layers=LAYERS)
+    find_shortcuts(model)  # as a model that is loaded: also what these put into layers is one program for all
     sites = [site for site in all_sites(model) if site.module.endswith(ADAPTED)]  # few, as tracing takes long
     sites = [site for site in sites if not left_out or left_out not in site.module]
     return lora.attach(model, random_start(sites), RANK, ALPHA, compensate=True)

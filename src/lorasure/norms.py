@@ -51,7 +51,8 @@ def fuse_norms(model: PreTrainedModel) -> None:
     with torch.no_grad():
         chosen = list(_fusible(model))
     give = lambda which: [setattr(parent, name, norms[which]) for parent, name, *norms in chosen]  # noqa: E731
-    kept_if_same(model, partial(give, 1), partial(give, 0))
+    if chosen:
+        kept_if_same(model, partial(give, 1), partial(give, 0))
 
 
 def _fusible(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, Norm]]:

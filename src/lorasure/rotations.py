@@ -62,14 +62,16 @@ def fuse_rotations(model: PreTrainedModel) -> None:
         for module, own in chosen:
             module.__class__ = kind_of(own)
 
-    kept_if_same(model, partial(give, _rotating), partial(give, lambda own: own))
+    if chosen:
+        kept_if_same(model, partial(give, _rotating), partial(give, lambda own: own))
 
 
 def _rotated(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules whose code calls a function that computes what `rotate` does."""
     for module in model.modules():
-        code = _code(type(module))
-        if NAME in code.__code__.co_names and tried(partial(_same, code.__globals__[NAME], model.dtype, model.device)):
+        own = getattr(_code(type(module)), "__globals__", {}).get(NAME)
+        called = own and NAME in _code(type(module)).__code__.co_names
+        if called and tried(partial(_same, own, model.dtype, model.device)):
             yield module
 
 
