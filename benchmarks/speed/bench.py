@@ -67,6 +67,7 @@ def main() -> int:
             results["memory"] = memory(a, results)
         if "run" in a.parts:
             results["run"] = whole_run(a, results, work, Path(folder))
+            results["run_growth"] = run_growth(a, work, Path(folder))
     if "growth" in a.parts:
         results["growth"] = growth(a)
     a.results.parent.mkdir(parents=True, exist_ok=True)
@@ -173,28 +174,16 @@ def growth(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def whole_run(a: argparse.Namespace, results: dict[str, Any], work, folder: Path) -> dict[str, Any]:
-    """NPO with VILA as whole processes, alternating. `published` is put together from its timed parts.
-
-    `growth`: our command, with one epoch, on more and more rows.
-    """
+    """NPO with VILA as whole processes, alternating. `published` is put together from its timed parts."""
     from clock import alternate, ratios, spread
-    from worker import in_process, measured
-    from workload import EPOCHS, Setting
+    from worker import in_process
+    from workload import EPOCHS
 
-    s, rows = Setting(), len(work.examples[0])
+    rows = len(work.examples[0])
     parts: list[dict[str, float]] = []
 
-    def forget(work, epochs: int) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(dir=folder) as out:
-            files = work.write(Path(out))
-            flags = {"model": work.folder, "forget": files[0], "retain": files[1], "loss": "npo", "init": "vila"}
-            flags |= {"epochs": epochs, "batch-size": s.batch_size, "rank": s.rank, "alpha": s.alpha, "beta": s.beta}
-            flags |= {"lr": s.lr, "device": "cpu", "max-grad-growth": 1e9, "out": f"{out}/run"}
-            command = [sys.executable, "-m", "lorasure", "forget", *(f"--{k}={v}" for k, v in flags.items())]
-            return measured(command, a.threads)
-
     def ours() -> float:
-        return forget(work, EPOCHS)["total_seconds"]
+        return forget(work, EPOCHS, folder, a.threads)["total_seconds"]
 
     def typical() -> float:
         parts.append(in_process({"job": "run", "shared": str(a.shared), "rows": rows, "threads": a.threads}))
@@ -211,9 +200,29 @@ def whole_run(a: argparse.Namespace, results: dict[str, Any], work, folder: Path
         times["published"] = [
             p["total_seconds"] - p["importance_seconds"] - p["train_seconds"] + timed for p in parts
         ]  # what surrounds them as in `typical`
-    points = [{"rows": 2 * count, **forget(work.stretched(count), 1)} for count in (rows // 4, rows, 4 * rows)]
-    found = {"rows": 2 * rows, "seconds": times, "ratios": ratios(times, dict.fromkeys(times, 2 * rows))}
-    return found | {"growth": points}
+    return {"rows": 2 * rows, "seconds": times, "ratios": ratios(times, dict.fromkeys(times, 2 * rows))}
+
+
+def run_growth(a: argparse.Namespace, work, folder: Path) -> list[dict[str, Any]]:
+    """Our whole command, NPO with VILA and one epoch, on more and more rows."""
+    rows = len(work.examples[0])
+    counts = (rows // 4, rows, 4 * rows)
+    return [{"rows": 2 * count, **forget(work.stretched(count), 1, folder, a.threads)} for count in counts]
+
+
+def forget(work, epochs: int, folder: Path, threads: int) -> dict[str, Any]:
+    """What `lorasure forget` takes, NPO with VILA, on these rows."""
+    from worker import measured
+    from workload import Setting
+
+    s = Setting()
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        files = work.write(Path(out))
+        flags = {"model": work.folder, "forget": files[0], "retain": files[1], "loss": "npo", "init": "vila"}
+        flags |= {"epochs": epochs, "batch-size": s.batch_size, "rank": s.rank, "alpha": s.alpha, "beta": s.beta}
+        flags |= {"lr": s.lr, "device": "cpu", "max-grad-growth": 1e9, "out": f"{out}/run"}
+        command = [sys.executable, "-m", "lorasure", "forget", *(f"--{k}={v}" for k, v in flags.items())]
+        return measured(command, threads)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,22 @@ def peak_above(work: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
-def _status(key: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(key))
+def _status(key: str, process: int | str = "self") -> int:
+    """A size of a process in bytes, 0 where it has none (any more)."""
+    lines = _lines(f"/proc/{process}/status")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
+
+
+def wait(process: int) -> tuple[int, float, int]:
+    """(status, processor seconds, peak resident bytes) of a child, when it has ended.
+
+    By looking at it: what the system says afterwards begins with the memory of the process that started it.
+    """
+    peak = 0
+    while not (ended := os.wait4(process, os.WNOHANG))[0]:
+        peak = max(peak, _status("VmHWM", process))
+        time.sleep(0.02)
+    return ended[1], ended[2].ru_utime + ended[2].ru_stime, peak
 
 
 def can_measure_memory() -> bool:

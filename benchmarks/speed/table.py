@@ -59,12 +59,12 @@ def flatness(part: str, what: str) -> Callable[[Results], float]:
 
 def _per_added_row(results: Results) -> float:
     """What surrounds the rows, loading and starting, is the same for all."""
-    few, some, many = ((p["rows"], p["total_seconds"]) for p in results["run"]["growth"])
+    few, some, many = ((p["rows"], p["total_seconds"]) for p in results["run_growth"])
     return (many[1] - some[1]) / (many[0] - some[0]) / ((some[1] - few[1]) / (some[0] - few[0]))
 
 
 def _resident(results: Results) -> float:
-    points = results["run"]["growth"]
+    points = results["run_growth"]
     return points[-1]["resident_bytes"] / points[0]["resident_bytes"]
 
 

@@ -26,20 +26,22 @@ def measured(command: list[str], threads: int) -> dict[str, Any]:
     """`total_seconds` and peak `resident_bytes` of a command, and the JSON of its last line if there is one."""
     import time
 
+    from clock import wait
+
     began = time.perf_counter()
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, stdout=out, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
+        status, seconds, peak = wait(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
         if status:
             raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
         wall = time.perf_counter() - began
         out.seek(0)
         lines = out.read().splitlines()
-    spent = usage.ru_utime + usage.ru_stime if threads == 1 else wall
+    spent = seconds if threads == 1 else wall
     last = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    return last | {"total_seconds": spent, "resident_bytes": usage.ru_maxrss * 1024}
+    return last | {"total_seconds": spent, "resident_bytes": peak}
 
 
 def memory(spec: dict[str, Any]) -> dict[str, Any]:
