@@ -32,7 +32,7 @@ SIZE = Size(vocabulary=1024, width=128, inner=352, layers=4, context=256)
 LEARN = {"lr": 2e-3, "epochs": 40, "batch_size": 16, "schedule": "cosine", "warmup": 0.05}
 LEARN |= {"max_length": 128, "tokens_per_batch": 1024}  # a step in one pass
 # What is said of all people is said in the same sentences, which must stay: bga would take them along (docs/log.md).
-FORGET: dict[str, Any] = {"epochs": 8, "batch_size": 8, "max_length": 128, "loss": "bigram"}
+FORGET: dict[str, Any] = {"epochs": 8, "batch_size": 8, "max_length": 128, "loss": "bigram", "lambda_": 4.0}
 SHOWN_ANSWERS = 3
 KEPT = {"retain": "retain", "world_facts": "world"}  # set -> file
 BUDGET = 1024  # padded tokens per pass
