@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -56,7 +56,8 @@ def fuse_rotations(model: PreTrainedModel) -> None:
     By a try of the function, then of the model: one whose logits differ keeps its own. As norms (`fuse_norms`), these
     are what is left to save where products are fast.
     """
-    chosen = [(module, type(module)) for module in _rotated(model)]
+    kinds = {kind for kind in set(map(type, model.modules())) if _fits(kind, model.dtype, model.device)}
+    chosen = [(module, type(module)) for module in model.modules() if type(module) in kinds]
 
     def give(kind_of: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
         for module, own in chosen:
@@ -66,13 +67,11 @@ def fuse_rotations(model: PreTrainedModel) -> None:
         kept_if_same(model, partial(give, _rotating), partial(give, lambda own: own))
 
 
-def _rotated(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The modules whose code calls a function that computes what `rotate` does."""
-    for module in model.modules():
-        own = getattr(_code(type(module)), "__globals__", {}).get(NAME)
-        called = own and NAME in _code(type(module)).__code__.co_names
-        if called and tried(partial(_same, own, model.dtype, model.device)):
-            yield module
+def _fits(kind: type[nn.Module], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the code of a kind of layers calls a function that computes what `rotate` does."""
+    code = _code(kind)
+    own = getattr(code, "__globals__", {}).get(NAME)
+    return bool(own and NAME in code.__code__.co_names and tried(partial(_same, own, dtype, device)))
 
 
 def _code(kind: type[nn.Module]) -> Any:
