@@ -25,7 +25,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from conftest import VOCAB
+from conftest import VOCAB, random_examples
+from lorasure.importance.collect import Probe, moments
+from lorasure.sites import all_sites
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -85,3 +87,13 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
     torch.manual_seed(0)
     model: Any = ARCHITECTURES[name](**overrides)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def assert_same_gradients(model: PreTrainedModel, before: PreTrainedModel) -> None:
+    """Mean squares of every site's gradients, to 1e-4 of their largest."""
+    probe = Probe("lora", 2, 0.05, 2.0, 0)
+    found, expected = (moments(m, all_sites(m), random_examples(4), probe, token_budget=99) for m in (model, before))
+    for site, factors in expected.items():
+        for factor, kept in factors.items():
+            scale = float(kept.second.max())
+            torch.testing.assert_close(found[site][factor].second, kept.second, atol=1e-4 * scale, rtol=0)

@@ -8,12 +8,9 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from architectures import ARCHITECTURES, tiny_model
-from conftest import random_examples
+from architectures import ARCHITECTURES, assert_same_gradients, tiny_model
 from lorasure import models
-from lorasure.importance.collect import Probe, moments
 from lorasure.rotations import NAME, Rotation, fuse_rotations, rotate
-from lorasure.sites import all_sites
 
 OWN = {"gpt2", "gpt-neox", "opt", "gpt-oss"}  # learned positions, or another function
 IDS = torch.arange(40).view(2, 20)
@@ -42,12 +39,7 @@ def test_a_model_computes_what_it_did(name):
 def test_gradients_are_those_of_before(name):
     model, before = tiny_model(name), tiny_model(name)
     fuse_rotations(model)
-    probe = Probe("lora", 2, 0.05, 2.0, 0)
-    found, expected = (moments(m, all_sites(m), random_examples(4), probe, token_budget=99) for m in (model, before))
-    for site, factors in expected.items():
-        for factor, kept in factors.items():
-            scale = float(kept.second.max())
-            torch.testing.assert_close(found[site][factor].second, kept.second, atol=1e-4 * scale, rtol=0)
+    assert_same_gradients(model, before)
 
 
 @pytest.mark.parametrize("dim", [1, 2])
