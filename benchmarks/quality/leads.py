@@ -16,7 +16,6 @@ again. One process, as many threads as OMP_NUM_THREADS says.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from cells import LEFT, Cell, cell_name, measure_references, place, run_cell
-from study import ROOT, STORED, chosen, machine
+from study import ROOT, STORED, cells_in, chosen, store
 
 from lorasure import stages
 from lorasure.data.examples import Example, collate, micro_batches
@@ -62,8 +61,7 @@ def weighted_moments(model: Any, sites: Sequence[Site], examples: Sequence[Examp
     with tap(model, sites, backward=back) if by_slope else tap(model, sites, forward=seen):
         for group in micro_batches([len(e) for e in examples], BUDGET):
             batch = collate([examples[i] for i in group])
-            mask = torch.nn.functional.pad(shift(batch.labels)[0], (0, 1)).float()
-            mask = mask[:, : batch.input_ids.shape[1]]
+            mask = shift(batch.labels)[0].float()
             answers, _ = answer_logits(model, batch)
             if by_slope:
                 answers.nll_mean.sum().backward()
@@ -88,8 +86,7 @@ MEASURED: dict[str, Callable[..., Moments]] = {  # lead -> where its input direc
 def directed(matrix: torch.Tensor, evidence: Any, request: Request) -> Factors:
     """`contrast` on the inputs' moments."""
     forget, retain = evidence.weights["inputs"]
-    found = contrast_directions(forget, retain, request.rank, balance=request.balance)
-    return Factors(torch.zeros(matrix.shape[0], request.rank), found.T.contiguous())
+    return apply.contrast(matrix, Evidence(forget=forget, retain=retain), request)
 
 
 def both_sides(matrix: torch.Tensor, evidence: Any, request: Request) -> Factors:
@@ -139,7 +136,7 @@ def main() -> int:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with data/tofu and models")
     a = parser.parse_args()
     path = STORED / "leads.jsonl"
-    done = {json.loads(line)["cell"] for line in path.read_text().splitlines()} if path.is_file() else set()
+    done = cells_in(path)
     a.work.mkdir(parents=True, exist_ok=True)
     for split in a.splits:
         measure_references(place(a.shared, a.work / "data"), split, a.work)
@@ -151,10 +148,7 @@ def main() -> int:
                     if cell_name(cell) in done:
                         continue
                     register(lead)
-                    line = run_cell(cell, a.shared, a.work)
-                    with path.open("a") as file:
-                        file.write(json.dumps(line | {"machine": machine()}) + "\n")
-                    print(json.dumps({key: line[key] for key in ("cell", "short")}), flush=True)
+                    store(run_cell(cell, a.shared, a.work), path)
     return 0
 
 

@@ -239,16 +239,26 @@ def chosen(group: str, starts: list[str], kept: float = KEPT) -> list[tuple[str,
 
 def finish(cells: list[Cell], path: Path, a: argparse.Namespace, where) -> None:
     """Run the cells that are not in `path` yet, each in a process of its own, and add their lines to it."""
-    done = {line["cell"] for line in map(json.loads, path.read_text().splitlines())} if path.is_file() else set()
+    done = cells_in(path)
     left = [cell for cell in cells if cell_name(cell) not in done]
     print(f"{path.name}: {len(left)} of {len(cells)} to run", flush=True)
     for split in dict.fromkeys(cell.split for cell in left):
         measure_references(where, split, a.work)
     with ThreadPoolExecutor(a.workers) as pool:
         for line in pool.map(lambda cell: in_process(cell, a), left):
-            with path.open("a") as file:
-                file.write(json.dumps(line | {"machine": machine()}) + "\n")
-            print(json.dumps({key: line[key] for key in ("cell", "short")}), flush=True)
+            store(line, path)
+
+
+def cells_in(path: Path) -> set[str]:
+    """The names of the cells that have a line in a file."""
+    return {line["cell"] for line in map(json.loads, path.read_text().splitlines())} if path.is_file() else set()
+
+
+def store(line: dict[str, Any], path: Path) -> None:
+    """Add a cell's line to a file, with the machine, and show it."""
+    with path.open("a") as file:
+        file.write(json.dumps(line | {"machine": machine()}) + "\n")
+    print(json.dumps({key: line[key] for key in ("cell", "short")}), flush=True)
 
 
 def in_process(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
