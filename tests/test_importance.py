@@ -140,7 +140,7 @@ def test_how_many_sites_share_their_sums_changes_nothing(probe: Probe, elements:
     model = build("llama")
     sites = all_sites(model)
     expected = moments(model, sites, EXAMPLES, probe, token_budget=30)
-    monkeypatch.setattr(collect, "TOGETHER", elements)
+    monkeypatch.setattr(collect, "together_limit", lambda on_cpu: elements)
     found = moments(model, sites, EXAMPLES, probe, token_budget=30)
     assert list(found) == [site.name for site in sites]
     assert_same(found, expected, 1e-6)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .data.examples import micro_batches
 from .importance.activations import side_of
-from .importance.collect import FULL_CHUNK, TOGETHER, Probe
+from .importance.collect import FULL_CHUNK, Probe, together_limit
 from .layers import KEPT_SHARE, decoder_layers
 from .losses.tokens import ROWS
 from .sites import Site, find_sites
@@ -136,7 +136,7 @@ class Footprint:
             return 3 * FULL_CHUNK
         sizes = [sum(a * b for a, b in self.probe.shapes(site).values()) for site in self.shapes.sites]
         rows = max(map(len, micro_batches(self.measured.lengths, self.token_budget)))
-        return 2 * rows * max(max(sizes), min(sum(sizes), TOGETHER))
+        return 2 * rows * max(max(sizes), min(sum(sizes), together_limit(on_cpu=self.on_cpu)))
 
     @property
     def second_moments(self) -> int:

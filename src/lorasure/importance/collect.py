@@ -27,7 +27,6 @@ from ..tap import tap
 from .moments import Moments
 
 FULL_CHUNK = 2**24  # elements of per-example full gradients held at once
-TOGETHER = 2**18  # elements of one example's gradients, up to which sites share their sums
 LEFT_AND_RIGHT = {"lora": ("B", "A"), "sketch": ("rows", "columns")}
 LEFT = {left for left, _ in LEFT_AND_RIGHT.values()}
 SetMoments = dict[str, dict[str, Moments]]
@@ -205,14 +204,23 @@ class _Together:
         return found
 
 
+def together_limit(*, on_cpu: bool) -> int:
+    """Elements of one example's gradients, up to which sites share their sums.
+
+    On a CPU calls cost nothing, and what is held for the sums grows with the rows of a pass: 2^14 are as fast there.
+    """
+    return 2**14 if on_cpu else 2**18
+
+
 def _together(sites: Sequence[Site], probe: Probe, device: torch.device) -> Iterator[_Together]:
     """All sites, in their order. An expert is alone, as not every pass reaches it, and so is a site in `full` space."""
+    room = together_limit(on_cpu=device.type == "cpu")
 
     def size(site: Site) -> int:
         alone = probe.space == "full" or site.expert is not None
-        return TOGETHER if alone else sum(prod(shape) for shape in probe.shapes(site).values())
+        return room if alone else sum(prod(shape) for shape in probe.shapes(site).values())
 
-    return (_Together(group, probe, device) for group in grouped(sites, size, TOGETHER))
+    return (_Together(group, probe, device) for group in grouped(sites, size, room))
 
 
 def _check_finite(result: SetMoments) -> None:
