@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -47,11 +48,17 @@ def upper_sites(model, first=FIRST):
     return [site for site in all_sites(model) if lowest_layer(layers, model, [site]) >= first]
 
 
+def behind_attention(model):
+    """The upper sites but for those of the lowest layer's attention."""
+    layers = decoder_layers(model)
+    return [s for s in upper_sites(model) if "att" not in s.name or lowest_layer(layers, model, [s]) > FIRST]
+
+
 def step_of(
-    model, *, cached: bool, checkpointing: bool = False, spoil: Any = None
+    model, *, cached: bool, checkpointing: bool = False, spoil: Any = None, behind: bool = False
 ) -> tuple[dict[str, Tensor], ForgetObjective]:
     """(loss terms and gradients of a step with an adapter that is not the identity, the objective)."""
-    sites, notes = upper_sites(model), []
+    sites, notes = (behind_attention if behind else upper_sites)(model), []
     objective = ForgetObjective(FORGET, RETAIN, REFUSALS, FORGET_LOSSES["dpo"].function, RETAIN_LOSSES["kl"].function)
     (step,) = ForgetSteps(objective, epochs=1, batch_size=5, pairing="random", seed=0)
     if cached:
@@ -69,28 +76,40 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max(float((one[k] - other[k]).abs().max() / one[k].abs().max()) for k in one)
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["layers", "layers and attention"])
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "gptj"])
-def test_losses_and_gradients_are_the_same_on_every_kind_of_model(name):
-    expected, _ = step_of(model_of(name), cached=False)
+def test_losses_and_gradients_are_the_same_on_every_kind_of_model(name, behind, monkeypatch):
+    expected, _ = step_of(model_of(name), cached=False, behind=behind)
     model, runs = model_of(name), []
-    for layer in decoder_layers(model):
-        next(layer.children()).register_forward_hook(lambda module, *_: runs.append(module))
-    found, objective = step_of(model, cached=True)
+    layers = decoder_layers(model)
+    names = ("self_attn", "attn", "attention")
+    attentions = [next(child for name, child in layer.named_children() if name in names) for layer in layers]
+    forward = type(attentions[0]).forward
+
+    @wraps(forward)
+    def counted(self, *args, **given):
+        runs.append(attentions.index(self))
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(type(attentions[0]), "forward", counted)
+    model.get_input_embeddings().register_forward_hook(lambda *_: runs.clear())
+    found, objective = step_of(model, cached=True, behind=behind)
     assert largest_difference(expected, found) < SAME
     kept = objective.prefix
-    assert kept and len(kept.states) == 15 and {len(e): len(s) for e, s in kept.states.items()}.items()
-    hidden = kept.states[FORGET[0]].shape[1]
+    assert kept and kept.attention is (attentions[FIRST] if behind else None)
+    assert len(kept.states) == 15 and all(len(e) == len(s) for e, s in kept.states.items())
+    hidden = model.config.hidden_size * (2 if behind else 1)
     rows = sum(len(e) for e in kept.states)
     assert kept.about() == {"layer": FIRST, "of": LAYERS, "bytes": rows * hidden * 4}
-    firsts = [next(layer.children()) for layer in decoder_layers(model)]
-    assert runs[-(LAYERS - FIRST) :] == firsts[FIRST:] and runs[-(LAYERS - FIRST) - 1] not in firsts[:FIRST]
+    assert runs == list(range(FIRST + behind, LAYERS))  # in the step, as the embeddings began it
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["layers", "layers and attention"])
 @pytest.mark.parametrize("name", ["llama", "gptj", "gpt-oss"])
-def test_checkpointing_goes_with_it(name):
-    expected, _ = step_of(model_of(name), cached=False)
+def test_checkpointing_goes_with_it(name, behind):
+    expected, _ = step_of(model_of(name), cached=False, behind=behind)
     model = model_of(name)
-    found, _ = step_of(model, cached=True, checkpointing=True)
+    found, _ = step_of(model, cached=True, checkpointing=True, behind=behind)
     assert largest_difference(expected, found) < SAME
     assert not any("forward" in vars(layer) for layer in decoder_layers(model))
 
@@ -156,6 +175,12 @@ def test_a_site_outside_of_the_layers_leaves_nothing_constant():
     assert outside and find_prefix(model, [*outside, *upper_sites(model)], FORGET, 1000, pytest.fail) is None
 
 
+def test_layers_that_are_compiled_keep_their_attention():
+    model = tiny_llama(layers=4)
+    kept = find_prefix(model, behind_attention(model), FORGET, 1000, pytest.fail, whole_layers=True)
+    assert kept and kept.attention is None
+
+
 def test_nothing_is_skipped_or_said_when_the_first_layer_is_adapted():
     model = tiny_llama()
     assert find_prefix(model, all_sites(model), FORGET, 1000, pytest.fail) is None
@@ -177,6 +202,15 @@ def failing(model):
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: setattr(model, "kept", output))
     model.model.layers[3].register_forward_pre_hook(lambda module, args: (args[0] + vars(model).pop("kept"), *args[1:]))
     return upper_sites(model)
+
+
+def test_attention_that_comes_after_what_is_adapted_is_computed():
+    model = tiny_llama(layers=4)
+    layer = model.model.layers[FIRST]
+    change = lambda _, args, given: (args, given | {"hidden_states": layer.mlp(given["hidden_states"])})  # noqa: E731
+    layer.self_attn.register_forward_pre_hook(change, with_kwargs=True)
+    kept = find_prefix(model, behind_attention(model), FORGET, 1000, pytest.fail)
+    assert kept and kept.first == FIRST and kept.attention is None
 
 
 def several_stacks(model):
@@ -221,6 +255,8 @@ def test_states_that_would_take_too_much_memory_are_not_kept(monkeypatch):
     needed = sum(map(len, FORGET)) * 16 * 4
     monkeypatch.setattr(model, "get_memory_footprint", lambda: needed)
     assert find_prefix(model, upper_sites(model), [*FORGET, *FORGET], 1000, pytest.fail)
+    kept = find_prefix(model, behind_attention(model), FORGET, 1000, pytest.fail)
+    assert kept and kept.attention is None  # it would take as much again
     monkeypatch.setattr(model, "get_memory_footprint", lambda: needed - 1)
     assert find_prefix(model, upper_sites(model), FORGET, 1000, notes.append) is None
     assert len(notes) == 1 and "to keep what they give for 5 rows would take 0.0 GiB" in notes[0]

@@ -70,11 +70,9 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "npo-more": ("npo", FIRST[2:]),
     "gd-more": ("gd", FIRST[2:]),
     "simnpo": ("simnpo", FIRST),
-    "bga-rest": ("bga", REST),
     "ihl-rest": ("ihl", REST),
     "npo-rest": ("npo", REST),
-    "gd-rest": ("gd", REST),
-    "simnpo-rest": ("simnpo", REST),
+    **{f"{loss}-{start}": (loss, [start]) for loss in ("simnpo", "gd", "bga") for start in REST},
 }
 TRIALS, TUNED_ON, SEEDS = 8, "forget05", 5
 FLOOR = 0.95  # of the utility, below which a trial is stopped early: the paper's rule

@@ -59,7 +59,8 @@ def footprint(bench: Workbench) -> Footprint:
     if s.epochs > 1 and (s.coverage < 1 or lowest_layer(decoder_layers(model), model, sites)):
         tokens = sum(map(len, {e for step in steps for unit in step for e in unit.sequences}))
         states = tokens * shapes.hidden * shapes.width
-        kept += states if states <= max(ROOM, found.weights) else 0
+        counts = [1] if s.compile else [2, 1]  # two of a token where the adapter begins behind an attention
+        kept += next((n * states for n in counts if n * states <= max(ROOM, found.weights)), 0)
     if objective.uses_original_states:
         kept += sum(objective.retain[i].answer_length for i in retain_rows(steps)) * shapes.hidden * shapes.width
     return replace(found, kept=kept, room=room_on(bench.device, found.weights))

@@ -1,4 +1,7 @@
-"""The frozen prefix: what enters the lowest adapted decoder layer is a constant of the data, so it is computed once."""
+"""The frozen prefix: what enters the lowest adapted decoder layer is a constant of the data, so it is computed once.
+
+So is what the attention of that layer gives, where the adapter begins after it.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,24 @@ ROOM = 2**30  # bytes that the states may take in any case; above it, no more th
 
 @dataclass
 class Prefix:
-    """Decoder layers below `first` are skipped in training; `states`: what leaves the last of them, per row.
+    """Decoder layers below `first` are skipped in training, and so is `attention`, that of layer `first` (or None).
 
-    `rows` are those to keep it of. A state is (tokens, hidden) without padding, in the base's dtype, on the CPU.
-    `as_tuple`: the layers of this architecture return the hidden states as the first of a tuple.
+    `rows` are those to keep states of. A state is (tokens, hidden), with an attention (tokens, 2 hidden): what leaves
+    the last skipped layer, and what the attention gives; without padding, in the base's dtype, on the CPU. `sizes`: how
+    long a tuple each of them begins in this architecture, 0 if it comes alone.
     """
 
     layers: Sequence[nn.Module]
     first: int
     rows: Collection[Example]
+    attention: nn.Module | None = None
     states: dict[Example, Tensor] = field(default_factory=dict)
-    as_tuple: bool = False
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def _kept(self) -> list[nn.Module]:
+        """The modules whose outputs are the states."""
+        return [self.layers[self.first - 1], *([self.attention] if self.attention else [])]
 
     @contextmanager
     def recording(self, examples: Sequence[Example], batch: Batch, *, alone: bool = False) -> Iterator[None]:
@@ -41,15 +51,18 @@ class Prefix:
 
         `alone`: nothing else is wanted of the pass, so the layers above are skipped.
         """
-        seen: list[Any] = []
-        hook = self.layers[self.first - 1].register_forward_hook(lambda _, args, output: seen.append(output))
+        kept, seen = self._kept, {}  # of the last pass, if there is another to try the model
+        hooks = [m.register_forward_hook(lambda module, _, output: seen.update({module: output})) for m in kept]
+        above = self.layers[self.first + len(kept) - 1 :]
         try:
-            with _returning(self.layers[self.first :] if alone else (), lambda: seen[0]):
+            with _returning(above if alone else (), lambda: seen[kept[0]]):
                 yield
         finally:
-            hook.remove()
-        self.as_tuple = isinstance(seen[0], tuple)
-        hidden = seen[0][0] if self.as_tuple else seen[0]
+            for hook in hooks:
+                hook.remove()
+        outputs = [seen[module] for module in kept]
+        self.sizes = [len(output) if isinstance(output, tuple) else 0 for output in outputs]
+        hidden = torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs], -1)
         parts = hidden[batch.attention_mask.bool()].split([len(e) for e in examples])
         self.states |= {e: part.to("cpu", copy=True) for e, part in zip(examples, parts, strict=True) if e in self.rows}
 
@@ -59,9 +72,11 @@ class Prefix:
         states = torch.cat([self.states[e] for e in examples])
         mask = batch.attention_mask.bool()
         # Padding gets a real state, as it has in a whole pass: a norm of zeros need not have a finite gradient.
-        hidden = states[0].to(mask.device).expand(*mask.shape, -1).clone()
-        hidden[mask] = states.to(mask.device)
-        with _returning(self.layers[: self.first], lambda: (hidden,) if self.as_tuple else hidden):
+        whole = states[0].to(mask.device).expand(*mask.shape, -1).clone()
+        whole[mask] = states.to(mask.device)
+        parts = zip(whole.chunk(len(self.sizes), -1), self.sizes, strict=True)
+        below, *attended = [(part, *[None] * (size - 1)) if size else part for part, size in parts]
+        with _returning(self.layers[: self.first], lambda: below), _returning(self._kept[1:], lambda: attended[0]):
             yield
 
     def bytes_of(self, state: Tensor) -> int:
@@ -74,42 +89,52 @@ class Prefix:
         return {"layer": self.first, "of": len(self.layers), "bytes": kept}
 
 
-def _returning(layers: Iterable[nn.Module], output: Callable[[], Any]) -> AbstractContextManager[None]:
-    """Within the context these layers compute nothing and return `output()`; masks and positions stay the model's."""
-    return computing(layers, lambda _: lambda *_, **__: output())
+def _returning(modules: Iterable[nn.Module], output: Callable[[], Any]) -> AbstractContextManager[None]:
+    """Within the context these compute nothing and return `output()`; masks and positions stay the model's."""
+    return computing(modules, lambda _: lambda *_, **__: output())
 
 
 def find_prefix(
     model: PreTrainedModel,
-    sites: Iterable[Site],
+    sites: Collection[Site],
     rows: Sequence[Example],
     token_budget: int,
     note: Callable[[str], None],
+    *,
+    whole_layers: bool = False,
 ) -> Prefix | None:
     """The prefix below the lowest of `sites`, with nothing recorded yet; None where there is none to skip.
 
     To be called before the adapter is attached. Tries it on the shortest and the longest of `rows`: where a whole pass
     gives something else (layers above that read what those below have computed), or where the states of all rows would
-    take too much memory, `note` is told why there is none.
+    take too much memory, `note` is told why there is none. `whole_layers`: for layers that are compiled as a
+    whole, without the attention of one.
     """
     layers = decoder_layers(model)
-    first = lowest_layer(layers, model, sites)
+    first, adapted = lowest_layer(layers, model, sites), _modules(model, sites)
     if first == 0:
         return None
     by_length = sorted(rows, key=len)
-    tried = Prefix(layers, first, [by_length[0], by_length[-1]])
-    if not _is_faithful(tried, model, token_budget):
-        note(f"train: the {first} layers below the adapter are computed at every step: this model cannot skip them.")
-        return None
-    prefix = Prefix(layers, first, dict.fromkeys(rows))
-    needed = prefix.bytes_of(tried.states[by_length[0]])
-    if needed > max(ROOM, model.get_memory_footprint()):
-        note(
-            f"train: the {first} layers below the adapter are computed at every step: to keep what they give for "
-            f"{len(prefix.rows)} rows would take {needed / 2**30:.1f} GiB."
-        )
-        return None
-    return prefix
+    attention = None if whole_layers else _attention(layers[first], adapted)
+    for chosen in dict.fromkeys([attention, None]):
+        tried = Prefix(layers, first, [by_length[0], by_length[-1]], chosen)
+        if not _is_faithful(tried, model, adapted, token_budget):
+            why = "this model cannot skip them."
+            continue
+        prefix = Prefix(layers, first, dict.fromkeys(rows), chosen)
+        needed = prefix.bytes_of(tried.states[by_length[0]])
+        if needed <= max(ROOM, model.get_memory_footprint()):
+            return prefix
+        why = f"to keep what they give for {len(prefix.rows)} rows would take {needed / 2**30:.1f} GiB."
+    note(f"train: the {first} layers below the adapter are computed at every step: {why}")
+    return None
+
+
+def _attention(layer: nn.Module, adapted: set[nn.Module]) -> nn.Module | None:
+    """The attention of a layer, if nothing of it is adapted."""
+    named = (child for name, child in layer.named_children() if "att" in name)
+    found = (child for child in named if any(p.dim() > 1 for p in child.parameters()))  # no norm of that name
+    return next((child for child in found if not adapted.intersection(child.modules())), None)
 
 
 def lowest_layer(layers: Sequence[nn.Module], model: nn.Module, sites: Iterable[Site]) -> int:
@@ -118,19 +143,26 @@ def lowest_layer(layers: Sequence[nn.Module], model: nn.Module, sites: Iterable[
     A module that several layers share counts for the lowest of them.
     """
     homes = [set(layer.modules()) for layer in layers]
-    modules = {model.get_submodule(site.module) for site in sites}
-    return min(next((i for i, home in enumerate(homes) if module in home), 0) for module in modules)
+    return min(next((i for i, home in enumerate(homes) if module in home), 0) for module in _modules(model, sites))
+
+
+def _modules(model: nn.Module, sites: Iterable[Site]) -> set[nn.Module]:
+    return {model.get_submodule(site.module) for site in sites}
 
 
 @torch.no_grad()
-def _is_faithful(prefix: Prefix, model: PreTrainedModel, token_budget: int) -> bool:
-    """Whether passes that start from recorded states end as whole ones: to 1e-4 of the largest, or 8 roundings."""
+def _is_faithful(prefix: Prefix, model: PreTrainedModel, adapted: set[nn.Module], token_budget: int) -> bool:
+    """Whether passes that start from recorded states end as whole ones: to 1e-4 of the largest, or 8 roundings.
+
+    Of a model whose `adapted` modules give something else than when the states were recorded, as they do in training.
+    """
     rows = list(prefix.rows)
     for group in micro_batches([len(e) for e in rows], token_budget):
         chosen = [rows[i] for i in group]
         batch = collate(chosen).to(model.device)
-        expected = answer_hidden(model, batch)
-        found = tried(partial(_in_two_parts, prefix, model, chosen, batch))
+        with _halved(adapted):
+            expected = answer_hidden(model, batch)
+        found = tried(partial(_in_two_parts, prefix, model, adapted, chosen, batch))
         if found is None or found.shape != expected.shape:
             return False
         if not close(found, expected, 1e-4, 8, expected.dtype).all():
@@ -138,9 +170,23 @@ def _is_faithful(prefix: Prefix, model: PreTrainedModel, token_budget: int) -> b
     return True
 
 
-def _in_two_parts(prefix: Prefix, model: PreTrainedModel, chosen: Sequence[Example], batch: Batch) -> Tensor:
+def _in_two_parts(
+    prefix: Prefix, model: PreTrainedModel, adapted: set[nn.Module], chosen: Sequence[Example], batch: Batch
+) -> Tensor:
     """The final states of a batch from recorded ones."""
     with prefix.recording(chosen, batch, alone=True):
         answer_hidden(model, batch)
-    with prefix.feeding(chosen, batch):
+    with prefix.feeding(chosen, batch), _halved(adapted):
         return answer_hidden(model, batch)
+
+
+@contextmanager
+def _halved(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context these give half of what they give."""
+    half = lambda _, args, output: output / 2 if isinstance(output, Tensor) else output  # noqa: E731
+    hooks = [module.register_forward_hook(half) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
