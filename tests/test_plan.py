@@ -113,7 +113,9 @@ def test_four_bit_weights_to_the_byte(settings):
     assert abs(said - bytes_of(held)) < 4 * len(bench.sites)  # a layer's last block may be a part of one
 
 
-@pytest.mark.parametrize("options", [{"retain_loss": "kl"}, {"targets": "layers.1.*"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"retain_loss": "kl"}, {"targets": "layers.1.*"}, {"targets": "layers.1.mlp.*"}], ids=str
+)
 def test_states_of_the_original_model_to_the_byte(settings, options):
     """Of the rows of all epochs: in each other retain rows meet the forget rows."""
     bench = Workbench(replace(settings, epochs=5, batch_size=2, init="lora", **options))

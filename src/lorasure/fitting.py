@@ -17,7 +17,7 @@ from .importance.activations import room_on
 from .layers import decoder_layers
 from .models import load_shapes
 from .objective import retain_rows, run_steps
-from .prefix import ROOM, lowest_layer
+from .prefix import ROOM, constant_attention, lowest_layer
 from .workbench import Workbench
 
 GIB = 2**30
@@ -56,11 +56,13 @@ def footprint(bench: Workbench) -> Footprint:
         room=0,
     )
     kept = 0
-    if s.epochs > 1 and (s.coverage < 1 or lowest_layer(decoder_layers(model), model, sites)):
+    layers, chosen = decoder_layers(model), s.coverage < 1  # then it is not known yet which sites
+    first = lowest_layer(layers, model, sites)
+    if s.epochs > 1 and (chosen or first):
         tokens = sum(map(len, {e for step in steps for unit in step for e in unit.sequences}))
         states = tokens * shapes.hidden * shapes.width
-        counts = [1] if s.compile else [2, 1]  # two of a token where the adapter begins behind an attention
-        kept += next((n * states for n in counts if n * states <= max(ROOM, found.weights)), 0)
+        both = not s.compile and (chosen or constant_attention(layers[first], model, sites))
+        kept += next((n * states for n in ([2, 1] if both else [1]) if n * states <= max(ROOM, found.weights)), 0)
     if objective.uses_original_states:
         kept += sum(objective.retain[i].answer_length for i in retain_rows(steps)) * shapes.hidden * shapes.width
     return replace(found, kept=kept, room=room_on(bench.device, found.weights))

@@ -115,7 +115,7 @@ def find_prefix(
     if first == 0:
         return None
     by_length = sorted(rows, key=len)
-    attention = None if whole_layers else _attention(layers[first], adapted)
+    attention = None if whole_layers else constant_attention(layers[first], model, sites)
     for chosen in dict.fromkeys([attention, None]):
         tried = Prefix(layers, first, [by_length[0], by_length[-1]], chosen)
         if not _is_faithful(tried, model, adapted, token_budget):
@@ -130,8 +130,9 @@ def find_prefix(
     return None
 
 
-def _attention(layer: nn.Module, adapted: set[nn.Module]) -> nn.Module | None:
-    """The attention of a layer, if nothing of it is adapted."""
+def constant_attention(layer: nn.Module, model: nn.Module, sites: Iterable[Site]) -> nn.Module | None:
+    """The attention of the lowest layer with one of `sites`, if none is in it."""
+    adapted = _modules(model, sites)
     named = (child for name, child in layer.named_children() if "att" in name)
     found = (child for child in named if any(p.dim() > 1 for p in child.parameters()))  # no norm of that name
     return next((child for child in found if not adapted.intersection(child.modules())), None)
