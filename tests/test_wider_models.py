@@ -124,9 +124,7 @@ def check_forget(settings, seen):
     assert (seen["start"] - original).abs().max() <= limit
     adapted = PeftModel.from_pretrained(fresh, result.adapter)
     found = logits(adapted)
-    off = (seen["end"] - found).abs().amax(-1) > limit
-    # In half precision a token between two experts may go to another one, and all after it in its row see that.
-    assert off.float().mean() <= (0.5 if dtype != torch.float32 and "moe" in fresh.config.model_type else 0)
+    assert (seen["end"] - found).abs().max() <= limit
     assert (found - original).abs().max() > 2 * limit
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), original)
