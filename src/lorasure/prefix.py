@@ -62,7 +62,7 @@ class Prefix:
                 hook.remove()
         outputs = [seen[module] for module in kept]
         self.sizes = [len(output) if isinstance(output, tuple) else 0 for output in outputs]
-        hidden = torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs], -1)
+        hidden = torch.cat([o[0] if size else o for o, size in zip(outputs, self.sizes, strict=True)], -1)
         parts = hidden[batch.attention_mask.bool()].split([len(e) for e in examples])
         self.states |= {e: part.to("cpu", copy=True) for e, part in zip(examples, parts, strict=True) if e in self.rows}
 
@@ -107,8 +107,8 @@ def find_prefix(
 
     To be called before the adapter is attached. Tries it on the shortest and the longest of `rows`: where a whole pass
     gives something else (layers above that read what those below have computed), or where the states of all rows would
-    take too much memory, `note` is told why there is none. `whole_layers`: for layers that are compiled as a
-    whole, without the attention of one.
+    take too much memory, `note` is told why there is none. `whole_layers`: without the attention of one, for layers
+    that are compiled as a whole.
     """
     layers = decoder_layers(model)
     first, adapted = lowest_layer(layers, model, sites), _modules(model, sites)
