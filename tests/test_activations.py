@@ -12,7 +12,7 @@ from architectures import tiny_model
 from conftest import random_examples
 from lorasure import artifacts, pipeline, processes, stages
 from lorasure.config import ForgetSettings
-from lorasure.importance.activations import ROOM, InGroups, room_on, second_moments
+from lorasure.importance.activations import BYTES, ROOM, InGroups, room_on, second_moments
 from lorasure.init import apply
 from lorasure.init.apply import INITS, Request, initialise, of_moments
 from lorasure.init.low_rank import contrast_directions
@@ -79,10 +79,10 @@ def test_groups_hold_no_more_than_they_may_and_change_nothing(of_inputs):
     measure = partial(second_moments, model, of_inputs=of_inputs, token_budget=40)
 
     def sets(some):
-        held.append(sum(8 * s.shape[1 if of_inputs else 0] ** 2 for s in some))
+        held.append(sum(BYTES * s.shape[1 if of_inputs else 0] ** 2 for s in some))
         return [measure(some, examples) for examples in (EXAMPLES[:3], EXAMPLES[3:])]
 
-    room = 3 * 8 * 24**2
+    room = 3 * BYTES * 24**2
     groups = InGroups(sites, evidence, sets, room)
     whole = [measure(sites, examples) for examples in (EXAMPLES[:3], EXAMPLES[3:])]
     for site in sites:
@@ -108,7 +108,7 @@ def test_a_run_in_groups_is_the_run(init, tmp_path, model_folder, data_files, mo
 def test_room_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * 2**30, 80 * 2**30))
     gpu = torch.device("cuda")
-    assert room_on(gpu) == 50 * 2**30 // 4 and room_on(gpu, 10 * 2**30) == 10 * 2**30
+    assert room_on(gpu) == 50 * 2**30 // 3 and room_on(gpu, 20 * 2**30) == 10 * 2**30
     assert room_on(gpu, 49 * 2**30) == room_on(torch.device("cpu")) == ROOM
     monkeypatch.setattr(processes, "size", lambda: 2)  # which may have different amounts free
     assert room_on(gpu) == ROOM

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .data.examples import micro_batches
-from .importance.activations import side_of
+from .importance.activations import BYTES, side_of
 from .importance.collect import FULL_CHUNK, Probe, together_limit
 from .layers import KEPT_SHARE, decoder_layers
 from .losses.tokens import ROWS
@@ -141,7 +141,7 @@ class Footprint:
     @property
     def second_moments(self) -> int:
         """Bytes of what is held at once, of both sets, where a start wants directions."""
-        sizes = [2 * FLOAT * site.shape[side_of(self.directions)] ** 2 for site in self.shapes.sites]
+        sizes = [BYTES * site.shape[side_of(self.directions)] ** 2 for site in self.shapes.sites]
         return max(max(sizes), min(sum(sizes), self.room))
 
     @property

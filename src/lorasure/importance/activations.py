@@ -19,9 +19,11 @@ from ..layers import decoder_layers
 from ..precision import operand, product
 from ..sites import Site, grouped
 from ..tap import tap
+from .moments import wide
 
-ROOM = 2**32  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 1.4e9
-SHARE = 4  # of the memory that is free on a GPU, one in so many bytes may be held where that is more
+BYTES = 4 + 8  # of one element: one set's moments in float32 while the other's are summed in float64
+ROOM = 3 * 2**31  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 2.1e9
+SHARE = 3  # of the memory that is free on a GPU, one in so many bytes may be held where that is more
 
 
 def room_on(device: torch.device, weights: int = 0) -> int:
@@ -56,6 +58,7 @@ def second_moments(
     data, those routed elsewhere counting as zero. Several processes share out the passes. Paper: ReGLU, arXiv
     2604.17396.
     """
+    # Summed in float64: directions with little between them would else depend on the order, so on who took which pass.
     total: dict[str, Tensor] = {}
     owners: dict[str, str] = {}  # site -> the site whose C it shares, itself where it was the first to read a tensor
     tokens, mask, last = 0, torch.empty(0), (torch.empty(0), "")
@@ -70,7 +73,11 @@ def second_moments(
             return
         last = z, site.name  # held, so that its memory is nobody else's while it is compared with
         z = operand(z[mask])
-        total[site.name] = total.get(site.name, 0) + product(z.T, z)
+        found = product(z.T, z)
+        if site.name not in total:
+            total[site.name] = wide(found)
+        else:
+            total[site.name] += found.to(total[site.name].device)
 
     groups = micro_batches([len(e) for e in examples], token_budget)
     # A process without a pass would not know which sites share; where weights are shared out, all must make as many.
@@ -91,10 +98,12 @@ def second_moments(
         if owners.get(site.name, site.name) != site.name:
             continue
         size = site.shape[1] if of_inputs else site.shape[0]
-        moment = total.setdefault(site.name, torch.zeros(size, size, device=model.device))
+        if site.name not in total:
+            total[site.name] = wide(torch.zeros(size, size, device=model.device))
+        moment = total[site.name]
         if shared:
             processes.add_up([moment])
-        moment.div_(count)
+        moment = total[site.name] = moment.div_(float(count)).float().to(model.device)
         if not torch.isfinite(moment).all():
             raise NumericError(f"activations: the second moments of site '{site.name}' are not finite.")
     return {site.name: total[owners.get(site.name, site.name)] for site in sites}
@@ -156,5 +165,5 @@ class InGroups:
         return list(grouped(self.sites, self._size, self.room))
 
     def _size(self, site: Site) -> int:
-        """Bytes of the second moments of both sets."""
-        return 2 * 4 * site.shape[side_of(self.evidence)] ** 2
+        """Bytes of the second moments of both sets, at most."""
+        return BYTES * site.shape[side_of(self.evidence)] ** 2
