@@ -6,6 +6,7 @@ Nothing is averaged over processes, so their number changes the order of summati
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import UsageError
+
+# Seconds. DTensor's caches keep gloo's threads beyond the group; one that is still letting go of the last gathered
+# weights when the interpreter ends aborts the process, and the launcher then ends the others.
+LETTING_GO = 0.2
 
 
 @contextmanager
@@ -33,6 +38,8 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        if sharded():
+            time.sleep(LETTING_GO)
         dist.destroy_process_group()
 
 
