@@ -58,7 +58,6 @@ def second_moments(
     data, those routed elsewhere counting as zero. Several processes share out the passes. Paper: ReGLU, arXiv
     2604.17396.
     """
-    # Summed in float64: directions with little between them would else depend on the order, so on who took which pass.
     total: dict[str, Tensor] = {}
     owners: dict[str, str] = {}  # site -> the site whose C it shares, itself where it was the first to read a tensor
     tokens, mask, last = 0, torch.empty(0), (torch.empty(0), "")
@@ -73,11 +72,7 @@ def second_moments(
             return
         last = z, site.name  # held, so that its memory is nobody else's while it is compared with
         z = operand(z[mask])
-        found = product(z.T, z)
-        if site.name not in total:
-            total[site.name] = wide(found)
-        else:
-            total[site.name] += found.to(total[site.name].device)
+        _add(total, site.name, product(z.T, z))
 
     groups = micro_batches([len(e) for e in examples], token_budget)
     # A process without a pass would not know which sites share; where weights are shared out, all must make as many.
@@ -99,7 +94,7 @@ def second_moments(
             continue
         size = site.shape[1] if of_inputs else site.shape[0]
         if site.name not in total:
-            total[site.name] = wide(torch.zeros(size, size, device=model.device))
+            _add(total, site.name, torch.zeros(size, size, device=model.device))
         moment = total[site.name]
         if shared:
             processes.add_up([moment])
@@ -107,6 +102,14 @@ def second_moments(
         if not torch.isfinite(moment).all():
             raise NumericError(f"activations: the second moments of site '{site.name}' are not finite.")
     return {site.name: total[owners.get(site.name, site.name)] for site in sites}
+
+
+def _add(total: dict[str, Tensor], name: str, found: Tensor) -> None:
+    """In float64: directions with little between them would else depend on the order, so on who took which pass."""
+    if name in total:
+        total[name] += found.to(total[name].device)
+    else:
+        total[name] = wide(found)
 
 
 class _Enough(Exception):
