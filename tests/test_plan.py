@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from lorasure import fitting, layers, lora, models, pipeline, plan, stages, train, train_stage, workbench
+from lorasure import artifacts, fitting, layers, lora, models, pipeline, plan, stages, train, train_stage, workbench
 from lorasure.cli import main
 from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate, micro_batches
 from lorasure.errors import ResourceError
-from lorasure.footprint import peak
+from lorasure.footprint import by_stage, peak
 from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
@@ -159,6 +159,21 @@ def test_what_does_not_fit_is_refused_before_the_start_with_what_would_do(settin
     given = ["--model", settings.model, "--forget", settings.forget, "--retain", settings.retain]
     assert main(["plan", *given]) == ResourceError.exit_code
     assert capsys.readouterr().err.startswith(f"lorasure: --model {settings.model}: ")
+
+
+def test_a_stage_alone_needs_room_for_itself_only(settings, monkeypatch):
+    settings = replace(settings, init="fila")  # whose importance takes more than training
+    pipeline.importance_command(settings)
+    run = pipeline.init_command(Path(settings.out), settings)
+    needs = fitting.footprint(Workbench(settings))
+    found = by_stage(needs.parts(), "host")
+    assert found["train"] < found["importance"]
+    monkeypatch.setattr(fitting, "free_memory", lambda device: {"host": found["train"] - 1})
+    with pytest.raises(ResourceError, match="train needs"):
+        pipeline.train_command(run, settings)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: {"host": found["train"]})
+    pipeline.train_command(run, settings)
+    assert (run / artifacts.TRAINED).is_file()
 
 
 def test_passes_are_made_smaller_where_the_user_left_it_open(settings, monkeypatch):

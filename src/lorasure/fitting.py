@@ -91,14 +91,14 @@ def _taken(container: Path) -> int:
     return int((container / "memory.current").read_text()) - files
 
 
-def fit_memory(bench: Workbench) -> None:
+def fit_memory(bench: Workbench, *stages: str) -> None:
     """Lower the tokens per pass where that is needed and the user did not set them; a ResourceError where nothing fits.
 
     On a GPU, where the user left that open too, rather recompute activations: large passes that do are faster there
     than small ones that don't. From shapes alone: nothing is loaded and no pass is made. Several processes take what
-    fits in each of them, as they deal out the same passes.
+    fits in each of them, as they deal out the same passes. `stages`: those that are to be run, all if none is named.
     """
-    needs, room = footprint(bench), free_memory(bench.device)
+    needs, room = replace(footprint(bench), stages=stages), free_memory(bench.device)
     shortest = max(map(max, (needs.measured.lengths, *(rows.lengths for rows in needs.steps))))
     own = _fitting(bench, needs, room, shortest)
     budget = processes.least(own)

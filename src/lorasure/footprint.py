@@ -5,7 +5,7 @@ The formulas and what they were compared with are in docs/scaling.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,7 +95,7 @@ class Footprint:
     `importance`: gradient moments are measured. `directions`: second moments of `outputs` or `inputs` are, or empty.
     `factors` is 2 for a start with a frozen second half, else 1. `steps`: the rows of every step. `shares`:
     processes that share out the weights of the layers. `kept`: bytes of states of the original model. `room`: bytes of
-    second moments that may be held at once.
+    second moments that may be held at once. `stages`: those that are run, all if empty.
     """
 
     shapes: Shapes
@@ -115,6 +115,7 @@ class Footprint:
     shares: int
     kept: int
     room: int
+    stages: Collection[str] = ()
 
     @property
     def weights(self) -> int:
@@ -166,13 +167,15 @@ class Footprint:
         return LOGITS * FLOAT * min(ROWS, answers) * s.vocabulary + 2 * FLOAT * answers * s.hidden
 
     def parts(self) -> list[Part]:
-        """Every part of every stage. On a CPU device and host are one."""
+        """Every part of every stage that is run. On a CPU device and host are one."""
         stages = {"init": self._init(), "train": self._train(), "export": {}}
         if self.importance:
             stages = {"importance": self._importance()} | stages
         whole = replace(self, shares=1).weights
         found = [Part("load", "host", "base weights", whole)]  # read there, then moved
         for stage, needs in stages.items():
+            if self.stages and stage not in self.stages:
+                continue
             for (place, name), size in ({("device", "base weights"): self.weights} | needs).items():
                 heap = HEAP if self.on_cpu and name in ("activations", "logits") else 1
                 found.append(Part(stage, "host" if self.on_cpu else place, name, round(heap * size)))

@@ -89,7 +89,7 @@ def importance_command(settings: ForgetSettings, reporter: Reporter | None = Non
 
 def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 2 on an existing run, from its importance (or from new activations). Later stages' files go."""
-    bench = _reopen(run, settings, reporter, InitSettings, ImportanceSettings, TrainSettings, ExportSettings)
+    bench = _reopen(run, settings, reporter, "init", InitSettings, ImportanceSettings, TrainSettings, ExportSettings)
     _check_worth(run, settings)
     importance = None
     if bench.measures_importance:
@@ -103,7 +103,7 @@ def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None 
 def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 3 on an existing run, from its init.safetensors. Later stages' files go."""
     artifacts.check_run(run, artifacts.START)
-    bench = _reopen(run, settings, reporter, TrainSettings, ExportSettings)
+    bench = _reopen(run, settings, reporter, "train", TrainSettings, ExportSettings)
     _check_worth(run, settings)
     with _resumable(bench, run, carry=[artifacts.IMPORTANCE, artifacts.START]) as changed:
         train_adapter(bench, changed, Start.load(changed / artifacts.START, bench.sites))
@@ -113,7 +113,7 @@ def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None
 def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Result:
     """Stage 4 on an existing run, from its trained.safetensors: another rank, merged weights."""
     artifacts.check_run(run, artifacts.START, artifacts.TRAINED)
-    bench = _reopen(run, settings, reporter, ExportSettings)
+    bench = _reopen(run, settings, reporter, "export", ExportSettings)
     start = Start.load(run / artifacts.START, bench.sites)
     with artifacts.as_written(run / artifacts.SUMMARY):
         known = artifacts.read_json(run / artifacts.SUMMARY)
@@ -212,15 +212,18 @@ def _finished(bench: Workbench, run: Path, name: str) -> bool:
     return True
 
 
-def _reopen(run: Path, settings: ForgetSettings, reporter: Reporter | None, *stages: type[Settings]) -> Workbench:
-    """A workbench on an existing run. Only settings of `stages` may differ from the run's; data and model may not."""
+def _reopen(
+    run: Path, settings: ForgetSettings, reporter: Reporter | None, stage: str, *changing: type[Settings]
+) -> Workbench:
+    """A workbench for one stage of an existing run. Only settings of `changing` may differ; data and model may not."""
     artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY)
     stored = artifacts.read_yaml(run / artifacts.CONFIG)
-    may_change = ANY_TIME | {f.name.rstrip("_") for stage in stages for f in fields(stage)}
+    may_change = ANY_TIME | {f.name.rstrip("_") for part in changing for f in fields(part)}
     for name, value in settings.located().items():
         if name not in may_change and value != stored.get(name):
             raise UsageError(f"{flag(name)} is settled by an earlier stage of {run}; start a new run to change it.")
     bench = Workbench(settings, reporter)
+    fit_memory(bench, stage)
     bench.prepare()
     with artifacts.as_written(run):
         rows = {name: about["sha256"] for name, about in artifacts.read_json(run / artifacts.DATA).items()}
