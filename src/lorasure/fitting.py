@@ -61,7 +61,7 @@ def footprint(bench: Workbench) -> Footprint:
     if s.epochs > 1 and (chosen or first):
         tokens = sum(map(len, {e for step in steps for unit in step for e in unit.sequences}))
         states = tokens * shapes.hidden * shapes.width
-        both = not s.compile and (chosen or constant_attention(layers[first], model, sites))
+        both = found.on_cpu and not s.compile and (chosen or constant_attention(layers[first], model, sites))
         kept += next((n * states for n in ([2, 1] if both else [1]) if n * states <= max(ROOM, found.weights)), 0)
     if objective.uses_original_states:
         kept += sum(objective.retain[i].answer_length for i in retain_rows(steps)) * shapes.hidden * shapes.width

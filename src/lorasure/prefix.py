@@ -108,13 +108,14 @@ def find_prefix(
     To be called before the adapter is attached. Tries it on the shortest and the longest of `rows`: where a whole pass
     gives something else (layers above that read what those below have computed), or where the states of all rows would
     take too much memory, `note` is told why there is none. `whole_layers`: without the attention of one, for layers
-    that are compiled as a whole.
+    that are compiled as a whole; so it is on a GPU, which computes an attention sooner than it gets one from the host.
     """
     layers = decoder_layers(model)
     first, adapted = lowest_layer(layers, model, sites), _modules(model, sites)
     if first == 0:
         return None
     by_length = sorted(rows, key=len)
+    whole_layers = whole_layers or model.device.type != "cpu"
     attention = None if whole_layers else constant_attention(layers[first], model, sites)
     for chosen in dict.fromkeys([attention, None]):
         tried = Prefix(layers, first, [by_length[0], by_length[-1]], chosen)
