@@ -61,7 +61,7 @@ def test_two_processes_give_the_run_of_one(tmp_path, model_folder, data_files, l
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(
-                one[key], two[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+                one[key], two[key], rtol=1e-5, atol=1e-5, msg=lambda text, at=f"{name}, {key}": f"{at}: {text}"
             )
     logs = [(tmp_path / run / artifacts.LOG).read_text().splitlines() for run in ("one", "two")]
     for a, b in zip(*(map(json.loads, lines) for lines in logs), strict=True):
