@@ -108,7 +108,7 @@ def test_tables_say_what_is_stored(stored, tmp_path):
     import tables
 
     lines = [run_line("contrast", seed, quality) for seed, quality in enumerate((-1.0, -2.0, -3.0))]
-    lines += [run_line("lora", 0, -9.5)]
+    lines += [run_line("lora", 0, -9.5), {"cell": "ihl/lora/forget05/1", "stopped": "train: it diverged"}]
     (stored / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "docs").mkdir()
     marks = "".join(f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in ("tuned", "runs", "attacks"))
@@ -122,6 +122,7 @@ def test_tables_say_what_is_stored(stored, tmp_path):
         assert (
             "| ihl | forget05 | contrast | 3 | -2.00 ± 2.48 | 98.8% ± 0.0% | 0.200 (n 200) | 0.0100 ± 0.0000 |" in page
         )
+        assert "| ihl | forget05 | lora | 1, 1 stopped | -9.50 |" in page
         assert "| ihl | lora | - | -9.50 | - | -, 98.8%, - |" in readme
 
 

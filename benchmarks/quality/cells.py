@@ -62,10 +62,14 @@ def measure(model: str, where, split: str, out: Path) -> None:
 
 
 def run_cell(cell: Cell, shared: Path, work: Path) -> dict[str, Any]:
-    """Forget, evaluate (no text generated), and if asked attack; the scores of all, with times and versions."""
+    """Forget, evaluate (no text generated), and if asked attack; the scores of all, with times and versions.
+
+    Of a run that a guard stops, the reason instead of scores, as `stopped`.
+    """
     from lorasure import pipeline
     from lorasure.artifacts import versions
     from lorasure.config import ForgetSettings
+    from lorasure.errors import NumericError
 
     with tempfile.TemporaryDirectory() as folder:
         where = place(shared, Path(folder) / "data")
@@ -74,11 +78,14 @@ def run_cell(cell: Cell, shared: Path, work: Path) -> dict[str, Any]:
         data = {"model": where.target(), "forget": where.rows(forget), "retain": where.rows(LEFT[cell.split])}
         settings = data | FIXED | {"epochs": EPOCHS[cell.split], "loss": cell.loss, "seed": cell.seed}
         settings |= {"out": f"{folder}/run", "dtype": "float32", "device": "cpu", **cell.settings}
+        line = {"cell": cell_name(cell), "settings": cell.settings, "versions": versions()}
         began = time.perf_counter()
-        pipeline.forget(ForgetSettings.from_dict(settings))
-        seconds = round(time.perf_counter() - began, 1)
+        try:
+            pipeline.forget(ForgetSettings.from_dict(settings))
+        except NumericError as error:
+            return line | {"stopped": str(error), "short": f"stopped: {error}"}
+        line["seconds"] = round(time.perf_counter() - began, 1)
         found = scores(where, cell.split, Path(folder) / "run" / "adapter", work)
-        line = {"cell": cell_name(cell), "settings": cell.settings, "seconds": seconds, "versions": versions()}
         line |= {"scores": found, "short": short(found)}
         if cell.attacked:
             line["attacks"] = attack(Path(folder) / "run", where.retrained(cell.split))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,25 +74,27 @@ def trial_columns(line: dict[str, Any]) -> list[str]:
 
 
 def grouped(runs: Lines) -> dict[tuple[str, str, str], Lines]:
-    """(loss, split, start) -> its runs, one per seed; the splits in order of size."""
+    """(loss, split, start) -> its runs that ended, one per seed; the splits in order of size."""
     found: dict[tuple[str, str, str], Lines] = {}
     for split in LEFT:
         for line in runs:
             loss, start, own, _ = line["cell"].split("/")
-            if own == split:
+            if own == split and "stopped" not in line:
                 found.setdefault((loss, split, start), []).append(line)
     return found
 
 
 def runs_table(runs: Lines) -> str:
-    """Every start, loss and split at its chosen settings: means over seeds."""
-    rows = []
+    """Every start, loss and split at its chosen settings: means over the seeds that ended."""
+    rows, stopped = [], Counter(line["cell"].rsplit("/", 1)[0] for line in runs if "stopped" in line)
     for (loss, split, start), lines in sorted(grouped(runs).items(), key=lambda item: item[0][:2]):
         known = spread(values(lines, "probability"), ".4f"), f"{values(lines, 'probability', 'retrained')[0]:.4f}"
         strength = f"{mean(values(lines, 'extraction_strength')):.3f}"
         seconds = f"{mean([line['seconds'] for line in lines]):.0f} s"
+        without = stopped[f"{loss}/{start}/{split}"]
+        seeds = f"{len(lines)}, {without} stopped" if without else str(len(lines))
         columns = [distance(lines), *known, strength, preference(lines), seconds]
-        rows.append([loss, split, start, str(len(lines)), quality(lines), utility(lines), *columns])
+        rows.append([loss, split, start, seeds, quality(lines), utility(lines), *columns])
     head = "loss | split | start | seeds | log10 forget quality | utility | D | forget probability | retrained | "
     return table(head + "extraction strength | truth preferred | time", rows)
 
