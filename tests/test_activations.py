@@ -12,7 +12,7 @@ from architectures import tiny_model
 from conftest import random_examples
 from lorasure import artifacts, pipeline, processes, stages
 from lorasure.config import ForgetSettings
-from lorasure.importance.activations import BYTES, ROOM, InGroups, room_on, second_moments
+from lorasure.importance.activations import ROOM, InGroups, room_on, second_moments
 from lorasure.init import apply
 from lorasure.init.apply import INITS, Request, initialise, of_moments
 from lorasure.init.low_rank import contrast_directions
@@ -79,10 +79,10 @@ def test_groups_hold_no_more_than_they_may_and_change_nothing(of_inputs):
     measure = partial(second_moments, model, of_inputs=of_inputs, token_budget=40)
 
     def sets(some):
-        held.append(sum(BYTES * s.shape[1 if of_inputs else 0] ** 2 for s in some))
+        held.append(sum(12 * s.shape[1 if of_inputs else 0] ** 2 for s in some))
         return [measure(some, examples) for examples in (EXAMPLES[:3], EXAMPLES[3:])]
 
-    room = 3 * BYTES * 24**2
+    room = 3 * 12 * 24**2
     groups = InGroups(sites, evidence, sets, room)
     whole = [measure(sites, examples) for examples in (EXAMPLES[:3], EXAMPLES[3:])]
     for site in sites:

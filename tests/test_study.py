@@ -110,6 +110,7 @@ def test_tables_say_what_is_stored(stored, tmp_path):
     lines = [run_line("contrast", seed, quality) for seed, quality in enumerate((-1.0, -2.0, -3.0))]
     lines += [run_line("lora", 0, -9.5), {"cell": "ihl/lora/forget05/1", "stopped": "train: it diverged"}]
     (stored / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stored / "attacks.jsonl").write_text(json.dumps(lines[-1]) + "\n")  # nothing was there to attack
     (tmp_path / "docs").mkdir()
     marks = "".join(f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in ("tuned", "runs", "attacks"))
     (tmp_path / "docs" / "study.md").write_text("before\n" + marks)

@@ -117,7 +117,7 @@ def first_table(runs: Lines) -> str:
 def attacks_table(lines: Lines) -> str:
     """Extraction strength before and after each attack, of the unlearned and of the retrained model."""
     rows = []
-    for line in lines:
+    for line in (line for line in lines if "stopped" not in line):
         loss, start, _, _ = line["cell"].split("/")
         for subject in ("unlearned", "retrained"):
             own = [found for found in line["attacks"] if found["subject"] == subject]
