@@ -11,7 +11,20 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from lorasure import artifacts, fitting, layers, lora, models, pipeline, plan, stages, train, train_stage, workbench
+from lorasure import (
+    artifacts,
+    fitting,
+    footprint,
+    layers,
+    lora,
+    models,
+    pipeline,
+    plan,
+    stages,
+    train,
+    train_stage,
+    workbench,
+)
 from lorasure.cli import main
 from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate, micro_batches
@@ -21,6 +34,7 @@ from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
 from lorasure.objective import ForgetSteps
+from lorasure.prefix import Prefix
 from lorasure.stages import Start
 from lorasure.tap import tap
 from lorasure.workbench import Workbench
@@ -185,6 +199,26 @@ def test_passes_are_made_smaller_where_the_user_left_it_open(settings, monkeypat
     fitting.fit_memory(bench)
     assert bench.token_budget < before
     assert peak(fitting.footprint(bench).parts(), "host")[1] <= room
+
+
+def test_passes_grow_where_training_skips_layers(settings, monkeypatch):
+    """So that a pass takes as much memory as through all layers; the plan counts it."""
+    upper, taken, real = replace(settings, targets="layers.1.*", init="lora", lr=1e-3), [], train_stage.logged_fit
+    keep = lambda *args, **options: (taken.append(options["token_budget"]), real(*args, **options))  # noqa: E731
+    monkeypatch.setattr(train_stage, "logged_fit", keep)
+    for i, (options, expected) in enumerate([({}, 896), ({"epochs": 1}, 448), ({"tokens_per_batch": 200}, 200)]):
+        chosen = replace(upper, **({"tokens_per_batch": None, "out": f"{upper.out}-{i}"} | options))
+        pipeline.forget(chosen)
+        assert taken.pop() == expected
+        said = replace(fitting.footprint(Workbench(chosen)), token_budget=60)  # less than a step has
+        tokens = max(rows.largest(120 if expected == 896 else 60)[0] for rows in said.steps)
+        (counted,) = (p.bytes for p in said.parts() if (p.stage, p.name) == ("train", "activations"))
+        assert counted == round(footprint.HEAP * said.activations(tokens, training=True))
+    bench = Workbench(replace(upper, tokens_per_batch=None))
+    skipping = Prefix([torch.nn.Identity()] * 4, 3, ())
+    assert fitting.training_budget(bench, skipping) == 4 * 448
+    monkeypatch.setattr(fitting.processes, "size", lambda: 2)  # which take the passes in turn
+    assert fitting.training_budget(bench, skipping) == fitting.training_budget(bench, None) == 448
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.losses.tokens import shift
 from lorasure.models import pick_token_budget
 from lorasure.objective import ForgetObjective, ForgetSteps, Unit
-from lorasure.prefix import find_prefix
+from lorasure.prefix import find_prefix, tokens_per_pass
 from lorasure.sites import Site
 from lorasure.train import fit
 
@@ -80,10 +80,11 @@ def train(
     steps: Sequence[list[Unit]],
     setting: Setting,
     *,
-    budget: int = BUDGET,
+    budget: int | None = None,
     on_step=None,
 ) -> None:
     """One pass over `steps`. `on_step`: as in `theirs.train`."""
+    budget = budget or tokens_per_pass(BUDGET, objective.prefix.skipped if objective.prefix else 0)
     wrapped = lora.attach(model, start, setting.rank, setting.alpha, compensate=True)
     optimizer = OptimizerSettings(lr=setting.lr, epochs=EPOCHS, batch_size=setting.batch_size, max_grad_growth=1e9)
     tell = partial(_told, wrapped=wrapped, on_step=on_step) if on_step else None

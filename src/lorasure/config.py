@@ -113,7 +113,7 @@ class ModelSettings(Settings):
     stride: int | None = option(None, "new tokens per window of plain text (default: half of --max-length)", low=1)
     tokens_per_batch: int | None = option(
         None,
-        "padded tokens in one forward pass; memory and speed, not the result (default: 448 on a CPU, 8192 elsewhere)",
+        "padded tokens in one pass: memory and speed, not the result (default: 448 or more on a CPU, 8192 elsewhere)",
         low=1,
     )
     prompt_key: str | None = option(None, "column with the question or prompt (default: recognised by its name)")

@@ -17,7 +17,7 @@ from .importance.activations import room_on
 from .layers import decoder_layers
 from .models import load_shapes
 from .objective import retain_rows, run_steps
-from .prefix import ROOM, constant_attention, lowest_layer
+from .prefix import ROOM, Prefix, constant_attention, lowest_layer, tokens_per_pass
 from .workbench import Workbench
 
 GIB = 2**30
@@ -52,20 +52,38 @@ def footprint(bench: Workbench) -> Footprint:
         four_bit,
         bench.device.type == "cpu",
         processes.size() if processes.sharded() else 1,
+        skipped=0,
         kept=0,
         room=0,
     )
-    kept = 0
+    kept, skipped = 0, 0.0
     layers, chosen = decoder_layers(model), s.coverage < 1  # then it is not known yet which sites
     first = lowest_layer(layers, model, sites)
     if s.epochs > 1 and (chosen or first):
+        skipped = 0.0 if chosen or not _refills(bench) else first / len(layers)
         tokens = sum(map(len, {e for step in steps for unit in step for e in unit.sequences}))
         states = tokens * shapes.hidden * shapes.width
         both = found.on_cpu and not s.compile and (chosen or constant_attention(layers[first], model, sites))
         kept += next((n * states for n in ([2, 1] if both else [1]) if n * states <= max(ROOM, found.weights)), 0)
     if objective.uses_original_states:
         kept += sum(objective.retain[i].answer_length for i in retain_rows(steps)) * shapes.hidden * shapes.width
-    return replace(found, kept=kept, room=room_on(bench.device, found.weights))
+    return replace(found, skipped=skipped, kept=kept, room=room_on(bench.device, found.weights))
+
+
+def training_budget(bench: Workbench, prefix: Prefix | None) -> int:
+    """Padded tokens per pass of training: where layers are skipped, as many as take the memory of a whole pass."""
+    if prefix is None or not _refills(bench):
+        return bench.token_budget
+    return tokens_per_pass(bench.token_budget, prefix.skipped)
+
+
+def _refills(bench: Workbench) -> bool:
+    """Whether training's passes grow where layers are skipped: on a CPU, unless the user said how large they are.
+
+    A GPU is busy with 8192 tokens in one layer. Several processes take passes in turn, so few large ones would leave
+    some idle.
+    """
+    return not bench.settings.tokens_per_batch and bench.device.type == "cpu" and processes.size() == 1
 
 
 def _rows(examples: Iterable[Example]) -> Rows:

@@ -16,6 +16,7 @@ from .importance.activations import BYTES, side_of
 from .importance.collect import FULL_CHUNK, Probe, together_limit
 from .layers import KEPT_SHARE, decoder_layers
 from .losses.tokens import ROWS
+from .prefix import tokens_per_pass
 from .sites import Site, find_sites
 
 FLOAT = 4  # bytes of a float32
@@ -94,7 +95,8 @@ class Footprint:
 
     `importance`: gradient moments are measured. `directions`: second moments of `outputs` or `inputs` are, or empty.
     `factors` is 2 for a start with a frozen second half, else 1. `steps`: the rows of every step. `shares`:
-    processes that share out the weights of the layers. `kept`: bytes of states of the original model. `room`: bytes of
+    processes that share out the weights of the layers. `skipped`: share of the layers that training leaves out and
+    makes up for with larger passes. `kept`: bytes of states of the original model. `room`: bytes of
     second moments that may be held at once. `stages`: those that are run, all if empty.
     """
 
@@ -113,6 +115,7 @@ class Footprint:
     four_bit: bool
     on_cpu: bool
     shares: int
+    skipped: float
     kept: int
     room: int
     stages: Collection[str] = ()
@@ -203,7 +206,8 @@ class Footprint:
         return found
 
     def _train(self) -> dict[tuple[str, str], int]:
-        needs = [rows.largest(self.token_budget) for rows in self.steps]
+        budget = tokens_per_pass(self.token_budget, self.skipped)
+        needs = [rows.largest(budget) for rows in self.steps]
         tokens, answers = (max(column) for column in zip(*needs, strict=True))
         return {
             ("device", "adapter and optimizer"): self.adapter,

@@ -18,7 +18,7 @@ from . import lora
 from .calibrate import forget_ramp
 from .config import AUTO, ForgetSettings
 from .data.examples import Example, micro_batches
-from .fitting import fit_memory, footprint, free_memory
+from .fitting import fit_memory, footprint, free_memory, training_budget
 from .footprint import Part, peak
 from .forward import answer_records
 from .importance.activations import InGroups, room_on, second_moments
@@ -180,5 +180,6 @@ def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float
     wrapped = lora.attach(bench.model, factors, s.rank, s.alpha, compensate=bench.init.compensated)
     records: list[dict[str, Any]] = []
     still = replace(s, lr=1e-12, max_grad_growth=1e12)
-    fit(wrapped, steps, objective, still, token_budget=budget, on_step=records.append)
+    passes = training_budget(bench, objective.prefix)
+    fit(wrapped, steps, objective, still, token_budget=passes, on_step=records.append)
     return clock.per_token(budget, rows), statistics.median(r["seconds"] / r["tokens"] for r in records[1:] or records)

@@ -79,6 +79,11 @@ class Prefix:
         with _returning(self.layers[: self.first], lambda: below), _returning(self._kept[1:], lambda: attended[0]):
             yield
 
+    @property
+    def skipped(self) -> float:
+        """The share of the layers that training leaves out."""
+        return self.first / len(self.layers)
+
     def bytes_of(self, state: Tensor) -> int:
         """What all `rows` take, by one of the states."""
         return sum(map(len, self.rows)) * state[0].nbytes
@@ -87,6 +92,11 @@ class Prefix:
         """For the run's account: the first layer that is computed, of how many, and the bytes that are kept."""
         kept = sum(state.nbytes for state in self.states.values())
         return {"layer": self.first, "of": len(self.layers), "bytes": kept}
+
+
+def tokens_per_pass(budget: int, skipped: float) -> int:
+    """Padded tokens that take no more memory without the `skipped` share of the layers than `budget` tokens with it."""
+    return round(budget / (1 - skipped))
 
 
 def _returning(modules: Iterable[nn.Module], output: Callable[[], Any]) -> AbstractContextManager[None]:

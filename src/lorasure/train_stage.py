@@ -16,6 +16,7 @@ from .checkpoint import Keeper, Utility, remove_checkpoints
 from .config import AUTO, ForgetSettings
 from .data.pairing import sample
 from .errors import DataError
+from .fitting import training_budget
 from .level import ROWS as LEVEL_ROWS
 from .level import Level
 from .objective import ForgetObjective, Unit, retain_penalty, retain_rows, run_steps
@@ -52,7 +53,7 @@ def train_adapter(
     weights = {"retain": s.lambda_}
     keeper.level = _level(bench, wrapped, weights, summary)
     options = {
-        "token_budget": bench.token_budget,
+        "token_budget": training_budget(bench, objective.prefix),
         "term_weights": weights,
         "penalty": _penalty(wrapped, start),
         "ceilings": {"retain": s.max_retain_rise or math.log(vocabulary)},
