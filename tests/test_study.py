@@ -22,7 +22,8 @@ def modules(monkeypatch):
 
 
 def trial(method, number, share, preference, state="complete"):
-    scores = {"share": share, "utility": share, "extraction_strength": 0.01, "forget_probability": 0.001}
+    scores = {"share": share, "utility": share, "extraction_strength": 0.01}
+    scores["forget_probability"] = 10.0 ** -(number + 2)
     return {
         "method": method,
         "trial": number,
@@ -35,7 +36,11 @@ def trial(method, number, share, preference, state="complete"):
 def tuned():
     level = {"extraction_strength": 0.03, "forget_probability": 0.005, "truth_preference": 0.5}
     own = [trial("contrast", 0, 0.99, 0.7), trial("contrast", 1, 0.986, 0.6), trial("contrast", 2, 0.96, 0.5)]
-    return {"level": level, "trials": [*own, trial("lora", 0, 0.96, 0.6), trial("lora", 1, 0.9, 0.5, "stopped")]}
+    return {
+        "about": {"loss": "ihl"},
+        "level": level,
+        "trials": [*own, trial("lora", 0, 0.96, 0.6), trial("lora", 1, 0.9, 0.5, "stopped")],
+    }
 
 
 def run_line(start, seed, quality, split="forget05"):
@@ -112,7 +117,9 @@ def test_tables_say_what_is_stored(stored, tmp_path):
     (stored / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (stored / "attacks.jsonl").write_text(json.dumps(lines[-1]) + "\n")  # nothing was there to attack
     (tmp_path / "docs").mkdir()
-    marks = "".join(f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in ("tuned", "runs", "attacks"))
+    marks = "".join(
+        f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in ("tuned", "explained", "runs", "attacks")
+    )
     (tmp_path / "docs" / "study.md").write_text("before\n" + marks)
     (tmp_path / "README.md").write_text("<!-- study -->\nold\n<!-- end study -->\nafter\n")
     for _ in range(2):  # the second time changes nothing
@@ -120,11 +127,28 @@ def test_tables_say_what_is_stored(stored, tmp_path):
         page, readme = (tmp_path / "docs" / "study.md").read_text(), (tmp_path / "README.md").read_text()
         assert "old" not in page + readme and page.startswith("before\n") and readme.endswith("after\n")
         assert "| ihl | contrast | 3 (0) | lr 0.002, lambda 1 | 98.6% | 0.010 | 0.60 |" in page
+        assert "| ihl | 4 | 1.00 | 1.00 | - |" in page  # log of the probability is what the rate says
         assert (
             "| ihl | forget05 | contrast | 3 | -2.00 ± 2.48 | 98.8% ± 0.0% | 0.200 (n 200) | 0.0100 ± 0.0000 |" in page
         )
         assert "| ihl | forget05 | lora | 1, 1 stopped | -9.50 |" in page
         assert "| ihl | lora | - | -9.50 | - | -, 98.8%, - |" in readme
+
+
+def test_what_settings_explain_is_told_from_chance():
+    import numpy as np
+    import tables
+
+    rng = np.random.default_rng(0)
+    x, starts, noise = rng.normal(size=(3, 2000))
+    truth = {"x": 0.5, "x and start": 0.75}  # of the variance of x + start / sqrt 2 + noise / sqrt 2: 1, .5, .5
+    y = x + (starts + noise) / np.sqrt(2)
+    assert float(tables.explained(x[:, None], y)) == pytest.approx(truth["x"], abs=0.03)
+    both = np.column_stack([x, starts, 1 - starts])  # one column follows from the others
+    assert float(tables.explained(both, y)) == pytest.approx(truth["x and start"], abs=0.03)
+    few = rng.normal(size=(200, 40, 30))  # thirty columns of chance for forty rows
+    found = [float(tables.explained(columns, rng.normal(size=40))) for columns in few]
+    assert abs(np.mean(found)) < 0.1
 
 
 def test_without_models_it_says_so(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cells import LEFT
 from scipy.stats import t as student
 
@@ -26,7 +27,8 @@ def write_tables(stored: Path, root: Path) -> None:
     """Replace the marked parts of both pages."""
     runs, attacked = lines_of(stored / "runs.jsonl"), lines_of(stored / "attacks.jsonl")
     tuned = {path.stem.removeprefix("tune-"): json.loads(path.read_text()) for path in stored.glob("tune-*.json")}
-    parts = {"tuned": tuned_table(tuned), "runs": runs_table(runs), "attacks": attacks_table(attacked)}
+    parts = {"tuned": tuned_table(tuned), "explained": explained_table(tuned.values())}
+    parts |= {"runs": runs_table(runs), "attacks": attacks_table(attacked)}
     replace_marked(root / "docs" / "study.md", parts)
     replace_marked(root / "README.md", {"study": first_table(runs)})
 
@@ -71,6 +73,40 @@ def tuned_table(groups: dict[str, Any]) -> str:
 def trial_columns(line: dict[str, Any]) -> list[str]:
     s, params = line["scores"], ", ".join(f"{k} {v:.2g}" for k, v in line["params"].items())
     return [params, f"{s['share']:.1%}", f"{s['extraction_strength']:.3f}", f"{s['truth_preference']:.2f}"]
+
+
+def explained_table(groups: Iterable[dict[str, Any]]) -> str:
+    """How much of what differs between a loss's trials its settings explain: adjusted R2 of linear models, cumulated.
+
+    Of log10 of the forget probability, and of the share of utility, over all starts' trials that ended. The learning
+    rate comes as log and log squared, other settings as log, the start as one indicator each.
+    """
+    ended: dict[str, Lines] = {}
+    for group in groups:
+        found = [line for line in group["trials"] if line["state"] == "complete"]
+        ended.setdefault(group["about"]["loss"], []).extend(found)
+    rows = []
+    for loss, trials in sorted(ended.items()):
+        names = [name for name in trials[0]["params"] if name != "lr"]
+        rate = np.log([line["params"]["lr"] for line in trials])
+        others = np.log([[line["params"][name] for name in names] for line in trials])
+        methods = sorted({line["method"] for line in trials})
+        starts = np.array([[line["method"] == name for name in methods] for line in trials], dtype=float)
+        models = [[rate, rate**2], [rate, rate**2, others], [rate, rate**2, others, starts]]
+        known = np.log10([line["scores"]["forget_probability"] for line in trials])
+        kept = np.array([line["scores"]["share"] for line in trials])
+        cells = [explained(np.column_stack(columns), y) for y in (known, kept) for columns in models]
+        rows.append([loss, str(len(trials)), *cells])
+    known, kept = "forget probability: rate alone | all settings | and the start", "utility: rate alone | all settings"
+    return table(f"loss | trials that ended | {known} | {kept} | and the start", rows)
+
+
+def explained(columns: np.ndarray, y: np.ndarray) -> str:
+    """Adjusted R2 of least squares with a constant: 1 - variance of what is left / variance of y; "-": too few rows."""
+    design = np.column_stack([np.ones(len(y)), columns])
+    free = len(y) - np.linalg.matrix_rank(design)
+    left = y - design @ np.linalg.lstsq(design, y)[0]
+    return f"{1 - left @ left / free / y.var(ddof=1):.2f}" if free else "-"
 
 
 def grouped(runs: Lines) -> dict[tuple[str, str, str], Lines]:
