@@ -54,6 +54,19 @@ def run_line(start, seed, quality, split="forget05"):
     return {"cell": f"ihl/{start}/{split}/{seed}", "scores": found, "seconds": 50.0, "short": ""}
 
 
+ATTACKED = [("vila", "unlearned"), ("contrast", "unlearned", "retrained")]
+
+
+def attacks_on(*subjects):
+    points = [("none", None), ("quantise", 4), ("relearn-few", 100)]
+    strength = {"unlearned": 0.01, "retrained": 0.1}
+    return [
+        {"attack": attack, "point": point, "subject": s, "scores": {"extraction_strength": {"value": strength[s] * n}}}
+        for s in subjects
+        for n, (attack, point) in enumerate(points, start=1)
+    ]
+
+
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
     import study
@@ -109,13 +122,33 @@ def test_what_is_stored_is_not_run_again(stored, monkeypatch, tmp_path):
     assert len(ran) == 9 and len((stored / "runs.jsonl").read_text().splitlines()) == 10
 
 
+def test_the_retrained_model_is_attacked_once(stored, monkeypatch):
+    import study
+
+    wanted = []
+    monkeypatch.setattr(study, "finish", lambda cells, *_: wanted.extend(cells))
+    monkeypatch.setattr(study, "ATTACKED_TOO", [("bga", "contrast, 95% kept")])
+    (stored / "tune-bga.json").write_text(json.dumps(tuned()))
+    study.attacks(argparse.Namespace(groups=["ihl", "bga"], starts=["contrast", "lora"]), None)
+    found = {(cell.loss, cell.start): cell.attacked for cell in wanted}
+    assert found == {
+        ("ihl", "contrast"): "alone",
+        ("ihl", "lora"): "alone",
+        ("bga", "contrast"): "retrained",
+        ("bga", "contrast, 95% kept"): "alone",
+        ("bga", "lora"): "alone",
+    }
+
+
 def test_tables_say_what_is_stored(stored, tmp_path):
     import tables
 
     lines = [run_line("contrast", seed, quality) for seed, quality in enumerate((-1.0, -2.0, -3.0))]
     lines += [run_line("lora", 0, -9.5), {"cell": "ihl/lora/forget05/1", "stopped": "train: it diverged"}]
     (stored / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (stored / "attacks.jsonl").write_text(json.dumps(lines[-1]) + "\n")  # nothing was there to attack
+    attacked = [run_line(start, 0, -1.0) | {"attacks": attacks_on(*subjects)} for start, *subjects in ATTACKED]
+    attacked.append(lines[-1])  # nothing was there to attack
+    (stored / "attacks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in attacked))
     (tmp_path / "docs").mkdir()
     marks = "".join(
         f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in ("tuned", "explained", "runs", "attacks")
@@ -133,6 +166,9 @@ def test_tables_say_what_is_stored(stored, tmp_path):
         )
         assert "| ihl | forget05 | lora | 1, 1 stopped | -9.50 |" in page
         assert "| ihl | lora | - | -9.50 | - | -, 98.8%, - |" in readme
+        own, others = "| 0.010 | - | 0.020 | - | 0.030 |", "| 0.100 | - | 0.200 | - | 0.300 |"
+        rows = [f"| ihl | contrast {own}", f"| ihl | vila {own}", f"| - | the retrained model {others}"]
+        assert "\n".join(rows) in page
 
 
 def test_what_settings_explain_is_told_from_chance():

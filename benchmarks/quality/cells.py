@@ -17,14 +17,14 @@ ATTACKS = "relearn-few,quantise"
 
 @dataclass(frozen=True)
 class Cell:
-    """What to run; `settings` of `lorasure forget` besides. `attacked`: also attack it and the retrained model."""
+    """What to run; `settings` of `lorasure forget` besides. `attacked`: also attack it, `alone` or `retrained` too."""
 
     start: str
     loss: str
     split: str
     seed: int
     settings: dict[str, Any]
-    attacked: bool = False
+    attacked: str = ""
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Cell:
@@ -88,7 +88,8 @@ def run_cell(cell: Cell, shared: Path, work: Path) -> dict[str, Any]:
         found = scores(where, cell.split, Path(folder) / "run" / "adapter", work)
         line |= {"scores": found, "short": short(found)}
         if cell.attacked:
-            line["attacks"] = attack(Path(folder) / "run", where.retrained(cell.split))
+            beside = where.retrained(cell.split) if cell.attacked == "retrained" else None
+            line["attacks"] = attack(Path(folder) / "run", beside)
         return line
 
 
@@ -135,8 +136,8 @@ def short(found: dict[str, Any]) -> str:
     )
 
 
-def attack(run: Path, retrained: str) -> list[dict[str, Any]]:
-    """Lines of attacks.jsonl: the run's model and the retrained one, after relearning and after rounding."""
+def attack(run: Path, retrained: str | None) -> list[dict[str, Any]]:
+    """Scores of the run's model, and of a retrained one if there is one, after relearning and after rounding."""
     from lorasure.attacking import attack as attack_run
     from lorasure.evaluate.settings import AttackSettings
 

@@ -151,18 +151,18 @@ def first_table(runs: Lines) -> str:
 
 
 def attacks_table(lines: Lines) -> str:
-    """Extraction strength before and after each attack, of the unlearned and of the retrained model."""
-    rows = []
+    """Extraction strength before and after each attack, of every unlearned model; last of the retrained one."""
+    rows: dict[str, list[list[str]]] = {"unlearned": [], "retrained": []}
     for line in (line for line in lines if "stopped" not in line):
         loss, start, _, _ = line["cell"].split("/")
-        for subject in ("unlearned", "retrained"):
-            own = [found for found in line["attacks"] if found["subject"] == subject]
-            rows.append([loss, start, subject, *(attacked(own, *key) for key in ATTACKED)])
-    head = "loss | start | model | not attacked | 8 bit | 4 bit | 20 steps of relearning | 100 steps"
-    return table(head, rows)
+        for subject, names in (("unlearned", [loss, start]), ("retrained", ["-", "the retrained model"])):
+            if own := [found for found in line["attacks"] if found["subject"] == subject]:
+                rows[subject].append([*names, *(attacked(own, *key) for key in POINTS)])
+    head = "loss | start | not attacked | 8 bit | 4 bit | 20 steps of relearning | 100 steps"
+    return table(head, [*sorted(rows["unlearned"]), *rows["retrained"][:1]])
 
 
-ATTACKED = [("none", None), ("quantise", 8), ("quantise", 4), ("relearn-few", 20), ("relearn-few", 100)]
+POINTS = [("none", None), ("quantise", 8), ("quantise", 4), ("relearn-few", 20), ("relearn-few", 100)]
 
 
 def attacked(lines: Lines, attack: str, point: int | None) -> str:
