@@ -177,7 +177,7 @@ def test_a_site_outside_of_the_layers_leaves_nothing_constant():
 
 def test_layers_that_are_compiled_keep_their_attention():
     model = tiny_llama(layers=4)
-    kept = find_prefix(model, behind_attention(model), FORGET, 1000, pytest.fail, whole_layers=True)
+    kept = find_prefix(model, behind_attention(model), FORGET, 1000, pytest.fail, compiled=True)
     assert kept and kept.attention is None
 
 

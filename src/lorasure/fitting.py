@@ -17,7 +17,7 @@ from .importance.activations import room_on
 from .layers import decoder_layers
 from .models import load_shapes
 from .objective import retain_rows, run_steps
-from .prefix import ROOM, Prefix, constant_attention, lowest_layer, tokens_per_pass
+from .prefix import ROOM, Prefix, constant_attention, keeps_attention, lowest_layer, tokens_per_pass
 from .workbench import Workbench
 
 GIB = 2**30
@@ -63,7 +63,7 @@ def footprint(bench: Workbench) -> Footprint:
         skipped = 0.0 if chosen or not _refills(bench) else first / len(layers)
         tokens = sum(map(len, {e for step in steps for unit in step for e in unit.sequences}))
         states = tokens * shapes.hidden * shapes.width
-        both = found.on_cpu and not s.compile and (chosen or constant_attention(layers[first], model, sites))
+        both = keeps_attention(bench.device, s.compile) and (chosen or constant_attention(layers[first], model, sites))
         kept += next((n * states for n in ([2, 1] if both else [1]) if n * states <= max(ROOM, found.weights)), 0)
     if objective.uses_original_states:
         kept += sum(objective.retain[i].answer_length for i in retain_rows(steps)) * shapes.hidden * shapes.width

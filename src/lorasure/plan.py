@@ -174,7 +174,7 @@ def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float
     steps = ForgetSteps(objective, epochs=1, batch_size=s.batch_size, pairing=s.pairing, seed=s.seed)
     seen = [example for step in steps for unit in step for example in unit.sequences]
     if s.epochs > 1:
-        objective.prefix = find_prefix(bench.model, sites, seen, budget, bench.reporter.note, whole_layers=s.compile)
+        objective.prefix = find_prefix(bench.model, sites, seen, budget, bench.reporter.note, compiled=s.compile)
     objective.observe_original(bench.model, retain_rows(steps), budget)
     factors = {site: Factors(torch.zeros(site.shape[0], s.rank), torch.zeros(s.rank, site.shape[1])) for site in sites}
     wrapped = lora.attach(bench.model, factors, s.rank, s.alpha, compensate=bench.init.compensated)

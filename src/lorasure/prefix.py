@@ -111,34 +111,38 @@ def find_prefix(
     token_budget: int,
     note: Callable[[str], None],
     *,
-    whole_layers: bool = False,
+    compiled: bool = False,
 ) -> Prefix | None:
     """The prefix below the lowest of `sites`, with nothing recorded yet; None where there is none to skip.
 
     To be called before the adapter is attached. Tries it on the shortest and the longest of `rows`: where a whole pass
     gives something else (layers above that read what those below have computed), or where the states of all rows would
-    take too much memory, `note` is told why there is none. `whole_layers`: without the attention of one, for layers
-    that are compiled as a whole; so it is on a GPU, which computes an attention sooner than it gets one from the host.
+    take too much memory, `note` is told why there is none. `compiled`: the layers will be (see `keeps_attention`).
     """
     layers = decoder_layers(model)
     first, adapted = lowest_layer(layers, model, sites), _modules(model, sites)
     if first == 0:
         return None
     by_length = sorted(rows, key=len)
-    whole_layers = whole_layers or model.device.type != "cpu"
-    attention = None if whole_layers else constant_attention(layers[first], model, sites)
+    attention = constant_attention(layers[first], model, sites) if keeps_attention(model.device, compiled) else None
     for chosen in dict.fromkeys([attention, None]):
-        tried = Prefix(layers, first, [by_length[0], by_length[-1]], chosen)
-        if not _is_faithful(tried, model, adapted, token_budget):
+        trial = Prefix(layers, first, [by_length[0], by_length[-1]], chosen)
+        if not _is_faithful(trial, model, adapted, token_budget):
             why = "this model cannot skip them."
             continue
         prefix = Prefix(layers, first, dict.fromkeys(rows), chosen)
-        needed = prefix.bytes_of(tried.states[by_length[0]])
+        needed = prefix.bytes_of(trial.states[by_length[0]])
         if needed <= max(ROOM, model.get_memory_footprint()):
             return prefix
         why = f"to keep what they give for {len(prefix.rows)} rows would take {needed / 2**30:.1f} GiB."
     note(f"train: the {first} layers below the adapter are computed at every step: {why}")
     return None
+
+
+def keeps_attention(device: torch.device, compiled: bool) -> bool:
+    """Whether the attention of the lowest adapted layer may be kept: not of a layer that is compiled as a whole, nor on
+    a GPU, which computes an attention sooner than it gets one from the host."""
+    return device.type == "cpu" and not compiled
 
 
 def constant_attention(layer: nn.Module, model: nn.Module, sites: Iterable[Site]) -> nn.Module | None:

@@ -104,7 +104,7 @@ def _observe(
     seen = [example for step in steps for unit in step for example in unit.sequences]
     used = retain_rows(steps)
     if len(set(seen)) < len(seen):  # else nothing comes twice
-        options = {"note": bench.reporter.note, "whole_layers": bench.settings.compile}
+        options = {"note": bench.reporter.note, "compiled": bench.settings.compile}
         attempt = partial(find_prefix, bench.model, start.factors, seen, **options)
         objective.prefix = bench.within_memory(attempt, seen, "reference")
     if known and not any(objective.asked(used).values()):
