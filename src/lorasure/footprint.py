@@ -59,10 +59,10 @@ class Shapes:
         sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
         return cls(sites, linear, total - linear, *sizes, dtype.itemsize, routed / experts, bool(decoder_layers(model)))
 
-    def per_token(self) -> float:
-        """Bytes that a pass keeps of a token: what enters and leaves every site, and what enters the norms."""
+    def per_token(self, layers: float) -> float:
+        """Bytes that a pass keeps of a token: what enters and leaves every site, and what enters the layers' norms."""
         sizes = (sum(site.shape) * (1.0 if site.expert is None else self.routed) for site in self.sites)
-        return self.width * sum(sizes) + FLOAT * NORMS * self.layers * self.hidden
+        return self.width * sum(sizes) + FLOAT * NORMS * layers * self.hidden
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Footprint:
     `importance`: gradient moments are measured. `directions`: second moments of `outputs` or `inputs` are, or empty.
     `factors` is 2 for a start with a frozen second half, else 1. `steps`: the rows of every step. `shares`:
     processes that share out the weights of the layers. `skipped`: share of the layers that training leaves out and
-    makes up for with larger passes. `kept`: bytes of states of the original model. `room`: bytes of
-    second moments that may be held at once. `stages`: those that are run, all if empty.
+    makes up for with larger passes. `kept`: bytes of states of the original model. `room`: bytes of second moments that
+    may be held at once. `stages`: those that are run, all if empty.
     """
 
     shapes: Shapes
@@ -157,11 +157,13 @@ class Footprint:
     def activations(self, tokens: int, *, training: bool) -> int:
         """Bytes that a pass over so many padded tokens keeps for its way back."""
         s = self.shapes
-        per_token = s.per_token()
+        layers = s.layers * (1 - self.skipped if training else 1)
+        per_token = s.per_token(layers)
         if self.gradient_checkpointing:
-            per_token = per_token / s.layers + s.width * s.hidden * s.layers
+            per_token = per_token / layers + s.width * s.hidden * layers
         elif training and self.compile:
-            per_token *= (2 + KEPT_SHARE * (s.layers - 2)) / s.layers
+            whole = min(2, layers)
+            per_token *= (whole + KEPT_SHARE * (layers - whole)) / layers
         return round(tokens * per_token)
 
     def logits(self, answers: int) -> int:
