@@ -116,20 +116,23 @@ def test_activations_of_measuring_and_of_training(settings, dtype):
     assert compiled == pytest.approx(0.4 * many.activations(count, training=True), rel=1e-6)
 
 
-@pytest.mark.parametrize("upper", [7, 4, 1])
-def test_activations_of_training_that_skips_layers(settings, tmp_path, upper):
+@pytest.mark.parametrize(
+    "targets", ["layers.7.*", "layers.4.*,layers.6.*", "q_proj,v_proj", "*.mlp.*", "layers.5.*q_proj"]
+)
+def test_activations_of_training_some_layers(settings, tmp_path, targets):
+    """With the layers below them computed and with these skipped."""
     tiny_llama(hidden_size=64, intermediate_size=172, num_hidden_layers=8).save_pretrained(tmp_path / "model")
-    sites = ",".join(f"layers.{i}.*" for i in range(upper, 8))
-    bench = Workbench(replace(settings, targets=sites, init="lora", tokens_per_batch=None))
+    bench = Workbench(replace(settings, targets=targets, init="lora", tokens_per_batch=None))
     said, objective = fitting.footprint(bench), bench.objective()
-    assert said.skipped == upper / 8
     start = {s: Factors(torch.ones(s.shape[0], 4), torch.ones(4, s.shape[1])) for s in bench.sites}
     (step,) = ForgetSteps(objective, epochs=1, batch_size=6, pairing="random", seed=0)
     train_stage._observe(bench, objective, [step, step], Start(start, {}), None)
-    wrapped = lora.attach(bench.model, start, 4, 8.0, compensate=False)
-    kept = kept_by(lambda: sum(objective(wrapped, step).values()).backward(), bench.model)
+    prefix, wrapped = objective.prefix, lora.attach(bench.model, start, 4, 8.0, compensate=False)
+    assert said.skipped == (prefix.skipped if prefix else 0)
     count = len(step) * max(unit.width for unit in step)
-    assert 0.75 < said.activations(count, training=True) / kept < 1.25
+    for objective.prefix in (None, prefix):
+        kept = kept_by(lambda: sum(objective(wrapped, step).values()).backward(), bench.model)
+        assert 0.75 < said.activations(count, training=True) / kept < 1.25
 
 
 def test_four_bit_weights_to_the_byte(settings):

@@ -331,11 +331,14 @@ def test_the_check_of_causality_lets_every_dtype_pass(name):
         models.check_causal(tiny_model(name, dtype), "x")
 
 
-def test_the_advice_of_a_refusal_works(refusal, settings, seen):
+@pytest.mark.parametrize("name", ["deepseek", "llama4"])
+def test_the_advice_of_a_refusal_works(name, refusal, settings, seen):
     torch.manual_seed(0)
-    model = deepseek()
-    advice = refusal(model)[1].rsplit("--exclude ", 1)[1].rstrip(".")
-    check_forget(settings(model, exclude=advice), seen)
+    model = REFUSED[name][0]()
+    line = refusal(model)[1]
+    advice = {"exclude": line.rsplit("--exclude ", 1)[1].rstrip(".")} if "--exclude " in line else {"targets": "q_proj"}
+    assert "--exclude " in line or ("Name the layers to adapt; they end in: " in line and "q_proj" in line)
+    check_forget(settings(model, **advice), seen)
 
 
 def test_layers_that_fuse_into_one_are_refused_in_part():

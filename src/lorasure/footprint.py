@@ -16,8 +16,8 @@ from .importance.activations import BYTES, side_of
 from .importance.collect import FULL_CHUNK, Probe, together_limit
 from .layers import KEPT_SHARE, decoder_layers
 from .losses.tokens import ROWS
-from .prefix import tokens_per_pass
-from .sites import Site, find_sites
+from .prefix import lowest_layer, tokens_per_pass
+from .sites import Site, all_sites
 
 FLOAT = 4  # bytes of a float32
 FOUR_BIT = 0.5 + FLOAT / 64  # bytes of a weight: its code, and its share of a scale
@@ -34,8 +34,10 @@ DOUBLES = 6  # float64 tensors of a layer's shape that an initialisation works w
 class Shapes:
     """Of a base model: the `sites` to adapt, weights in linear layers (but the head) and elsewhere, and sizes.
 
-    `width`: bytes of a number in the dtype of the arithmetic. `routed`: the share of a mixture's experts that a token
-    goes to. `recomputed`: whether layers can give up what they keep and compute it again.
+    `layers`: those from the lowest adapted one up, which keep something for the way back. `outputs`: what leaves the
+    linear layers in them that are not adapted, numbers per token. `width`: bytes of a number in the dtype of the
+    arithmetic. `routed`: the share of a mixture's experts that a token goes to. `recomputed`: whether layers can give
+    up what they keep and compute it again.
     """
 
     sites: Sequence[Site]
@@ -45,24 +47,29 @@ class Shapes:
     layers: int
     vocabulary: int
     width: int
+    outputs: float
     routed: float
     recomputed: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel, sites: Sequence[Site], dtype: torch.dtype) -> Shapes:
         """The shapes of a model, which may be on the meta device."""
-        config = model.config.get_text_config()
-        linear = sum(site.size for site in find_sites(model) if site.parameter is None)
+        config, everywhere, stack = model.config.get_text_config(), all_sites(model), decoder_layers(model)
+        linear = sum(site.size for site in everywhere if site.parameter is None)
         total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
         experts = max((site.expert + 1 for site in sites if site.expert is not None), default=1)
-        routed = getattr(config, "num_experts_per_tok", None) or experts
-        sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
-        return cls(sites, linear, total - linear, *sizes, dtype.itemsize, routed / experts, bool(decoder_layers(model)))
+        routed = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+        below = lowest_layer(stack, model, sites)
+        idle = {module for layer in stack[:below] for module in layer.modules()}
+        frozen = (s for s in set(everywhere).difference(sites) if model.get_submodule(s.module) not in idle)
+        outputs = sum(site.shape[0] * (1.0 if site.expert is None else routed) for site in frozen)
+        sizes = (config.hidden_size, config.num_hidden_layers - below, config.vocab_size)
+        return cls(sites, linear, total - linear, *sizes, dtype.itemsize, outputs, routed, bool(stack))
 
-    def per_token(self, layers: float) -> float:
-        """Bytes that a pass keeps of a token: what enters and leaves every site, and what enters the layers' norms."""
+    def per_token(self) -> float:
+        """Bytes that a pass keeps of a token: what enters adapted layers, leaves linear ones and enters norms."""
         sizes = (sum(site.shape) * (1.0 if site.expert is None else self.routed) for site in self.sites)
-        return self.width * sum(sizes) + FLOAT * NORMS * layers * self.hidden
+        return self.width * (sum(sizes) + self.outputs) + FLOAT * NORMS * self.layers * self.hidden
 
 
 @dataclass(frozen=True)
@@ -157,13 +164,12 @@ class Footprint:
     def activations(self, tokens: int, *, training: bool) -> int:
         """Bytes that a pass over so many padded tokens keeps for its way back."""
         s = self.shapes
-        layers = s.layers * (1 - self.skipped if training else 1)
-        per_token = s.per_token(layers)
+        per_token = s.per_token()
         if self.gradient_checkpointing:
-            per_token = per_token / layers + s.width * s.hidden * layers
+            per_token = per_token / s.layers + s.width * s.hidden * s.layers
         elif training and self.compile:
-            whole = min(2, layers)
-            per_token *= (whole + KEPT_SHARE * (layers - whole)) / layers
+            whole = min(2, s.layers)
+            per_token *= (whole + KEPT_SHARE * (s.layers - whole)) / s.layers
         return round(tokens * per_token)
 
     def logits(self, answers: int) -> int:
