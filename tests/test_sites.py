@@ -17,9 +17,13 @@ from transformers import (
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4TextConfig,
     PreTrainedModel,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.pytorch_utils import Conv1D
 
 from architectures import GROUPED
@@ -52,6 +56,24 @@ def tiny_gpt_oss() -> PreTrainedModel:
 
 def names(model: PreTrainedModel, *targets: str, exclude: tuple[str, ...] = ()) -> list[str]:
     return [site.name for site in find_sites(model, targets, exclude)]
+
+
+@pytest.mark.parametrize(
+    ("derived", "is_site"),
+    [
+        (lambda: FalconLinear(16, 24), True),  # the same product in its own words
+        (lambda: DeepseekV4GroupedLinear(16, 24, 8), False),
+        (lambda: DeepseekV4GroupedLinear(16, 24, 7), False),  # 7 rows are tried
+        (lambda: Llama4Router(Llama4TextConfig(hidden_size=16, num_local_experts=4, num_experts_per_tok=2)), False),
+    ],
+    ids=["falcon", "groups", "as many groups as rows", "router"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_derives_from_a_linear_one_is_a_site_if_it_gives_the_same_shape(derived, is_site, dtype) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj = derived()
+    model.to(dtype)
+    assert ("model.layers.1.mlp.up_proj" in names(model, "all")) is is_site
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from . import processes
 from .errors import UsageError
+from .tried import tried
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -46,18 +48,28 @@ def all_sites(model: PreTrainedModel) -> list[Site]:
     """Every linear map of the model except the projection to the vocabulary, in the model's order.
 
     Maps to a single number (the gates of shared experts) are left out: there is nothing of lower rank to put there. So
-    are routers that derive from a linear layer: they choose experts, and what they return is no product.
+    are layers that derive from a linear one and compute something else: routers, products by groups of features.
     """
     head = model.get_output_embeddings()
     sites = []
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             sites.append(Site(name, (module.nf, module.nx), transposed=True))
-        elif isinstance(module, nn.Linear) and module is not head and not type(module).__name__.endswith("Router"):
+        elif isinstance(module, nn.Linear) and module is not head and _multiplies(module):
             sites.append(Site(name, (module.out_features, module.in_features)))
         elif _holds_experts(module):
             sites += _expert_sites(name, module)
     return [site for site in sites if min(site.shape) > 1]
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a linear layer gives (..., out) of (..., in), where a model wrote it anew: tried on shapes alone."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return True
+    weights = {name: torch.empty_like(p, device="meta") for name, p in module.named_parameters()}
+    x = torch.empty(7, module.in_features, device="meta", dtype=module.weight.dtype)
+    found = tried(lambda: functional_call(module, weights, (x,)))
+    return isinstance(found, Tensor) and found.shape == (7, module.out_features)
 
 
 def find_sites(model: PreTrainedModel, targets: Sequence[str] = ("all",), exclude: Sequence[str] = ()) -> list[Site]:
