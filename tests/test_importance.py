@@ -339,6 +339,15 @@ def test_a_layer_used_twice_per_pass_is_refused() -> None:
     assert "layers.0.mlp.up_proj" in str(error.value)
 
 
+def test_a_layer_that_is_run_without_gradients_is_refused() -> None:
+    """As models do that go through their layers several times and learn from the last time only."""
+    model = tiny_llama()
+    layer = model.model.layers[1]
+    layer.mlp.forward = torch.no_grad()(layer.mlp.forward)
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.gate_proj' is also run without gradients"):
+        moments(model, all_sites(model), EXAMPLES, LORA, token_budget=30)
+
+
 def test_windows_of_another_stride_are_other_examples(model_folder, tmp_path):
     texts = {n: "".join(chr(97 + (i * k) % 26) for i in range(90)) for k, n in ((3, "forget"), (5, "retain"))}
     paths = {name: str(write_rows(tmp_path / f"{name}.jsonl", [{"text": text}])) for name, text in texts.items()}

@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from architectures import ARCHITECTURES, COMMON, GROUPED, MIXTURE, tiny_model
+from architectures import ARCHITECTURES, COMMON, GROUPED, MIXTURE, QWEN_MIXTURE, tiny_model
 from conftest import VOCAB, tiny_llama, write_rows
 from lorasure import artifacts, cli, lora, models, pipeline, train, train_stage
 from lorasure.config import ForgetSettings
@@ -339,6 +339,20 @@ def test_the_advice_of_a_refusal_works(name, refusal, settings, seen):
     advice = {"exclude": line.rsplit("--exclude ", 1)[1].rstrip(".")} if "--exclude " in line else {"targets": "q_proj"}
     assert "--exclude " in line or ("Name the layers to adapt; they end in: " in line and "q_proj" in line)
     check_forget(settings(model, **advice), seen)
+
+
+def test_layers_that_are_lost_on_the_way_back_are_refused(refusal, settings, seen):
+    """transformers renames `shared_expert.` of older models, and takes `shared_experts` for it."""
+    laguna = pytest.importorskip("transformers.models.laguna", reason="this transformers has no Laguna")
+    torch.manual_seed(0)
+    more = {"head_dim": 4, "shared_expert_intermediate_size": 8, "layer_types": ["full_attention"] * 2}
+    more |= {"mlp_layer_types": ["dense", "sparse"], "num_attention_heads_per_layer": [4, 4]}
+    model = laguna.LagunaForCausalLM(laguna.LagunaConfig(**QWEN_MIXTURE | more))
+    code, line = refusal(model)
+    assert code == UsageError.exit_code and "takes its name for another's" in line
+    advice = line.rsplit("--exclude ", 1)[1].rstrip(".")
+    assert advice == "shared_experts.gate_proj,shared_experts.up_proj,shared_experts.down_proj"
+    check_forget(settings(model, exclude=advice), seen)
 
 
 def test_layers_that_fuse_into_one_are_refused_in_part():

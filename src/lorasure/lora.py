@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils import parametrize
@@ -88,9 +95,10 @@ def _config(model: PreTrainedModel, sites: Iterable[Site], rank: int, alpha: flo
 
 
 def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
-    """Raise a UsageError unless peft puts an adapter on each of these sites. Allocates nothing, leaves no trace.
+    """Raise a UsageError unless peft puts an adapter on each of these sites, and reads it back to where it was.
 
-    In mixtures peft gives names of linear layers another meaning, that of experts in models of older versions.
+    In mixtures peft gives names of linear layers another meaning, that of experts in models of older versions, and
+    transformers' renamings may spoil others on the way back. Allocates nothing, leaves no trace.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of layers left out, which are told below
@@ -102,13 +110,15 @@ def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
         for name, layer in wrapped.get_base_model().named_modules()
         if hasattr(layer, "lora_A")
     }
+    missing = set_peft_model_state_dict(wrapped, get_peft_model_state_dict(wrapped)).missing_keys
+    lost = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in missing if ".lora_" in key}
     wrapped.unload()
-    left_out = [s.module for s in sites if (s.module, s.parameter) not in adapted]
+    left_out = [s.module for s in sites if (s.module, s.parameter) not in adapted or s.module in lost]
     if left_out:
         ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in left_out)
         raise UsageError(
             f"Layer '{left_out[0]}' cannot get an adapter: in {model.config.model_type} models, peft takes its name "
-            f"for that of experts. Leave it out with --exclude {','.join(ends)}."
+            f"for another's. Leave it out with --exclude {','.join(ends)}."
         )
 
 

@@ -96,6 +96,11 @@ def _listen(
     if extra is not None:
         y = y + layout.gather(extra).to(y.dtype)
     if backward is not None:
+        if not torch.is_grad_enabled():
+            raise UsageError(
+                f"Layer '{site.name}' is also run without gradients, so these cannot be measured; leave it out with "
+                "--exclude, or take an --init that needs no importance."
+            )
         if not y.requires_grad:  # the lowest sites: the graph starts here. A sum, not a leaf: in-place use stays legal.
             y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
         kept: Any = _Kept.apply(x, _ROOT)
