@@ -65,13 +65,13 @@ def main() -> int:
 
     from lorasure.artifacts import versions
 
-    found = {}
+    about = {"machine": f"{platform.machine()}, {platform.system()}", "versions": versions(), "seed": 0}
+    found: dict[str, dict[str, str]] = {}
     for kind in a.kinds or sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}):
         found[kind] = in_process(kind, a.seconds)
         print(kind, json.dumps(found[kind]), flush=True)
-    counts = Counter(re.split(":| without", outcome)[0] for runs in found.values() for outcome in runs.values())
-    about = {"machine": f"{platform.machine()}, {platform.system()}", "versions": versions(), "seed": 0}
-    a.results.write_text(json.dumps({"about": about, "counts": counts, "kinds": found}, indent=1) + "\n")
+        counts = Counter(re.split(":| without", outcome)[0] for runs in found.values() for outcome in runs.values())
+        a.results.write_text(json.dumps({"about": about, "counts": counts, "kinds": found}, indent=1) + "\n")
     print(dict(counts))
     return int("mistake" in counts)
 
