@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from architectures import tiny_model
-from conftest import random_examples
+from conftest import random_examples, tiny_llama
 from lorasure import artifacts, pipeline, processes, stages
 from lorasure.config import ForgetSettings
+from lorasure.errors import UsageError
 from lorasure.importance.activations import ROOM, InGroups, room_on, second_moments
 from lorasure.init import apply
 from lorasure.init.apply import INITS, Request, initialise, of_moments
@@ -57,6 +58,15 @@ def test_layers_that_read_the_same_share_what_is_held():
     assert sorted(shared.values()) == readers
     written = second_moments(model, sites, EXAMPLES, of_inputs=False, token_budget=40)
     assert len({m.data_ptr() for m in written.values()}) == len(sites)
+
+
+def test_a_layer_that_reads_something_else_too_is_refused():
+    """Its inputs would be counted as those of the layer that it shares one of them with."""
+    model = tiny_llama()
+    attention = model.model.layers[1].self_attn
+    attention.o_proj.register_forward_pre_hook(lambda _, args: (attention.v_proj(args[0]), None)[1])
+    with pytest.raises(UsageError, match=r"'model\.layers\.1\.self_attn\.v_proj' reads what .* and something else too"):
+        second_moments(model, all_sites(model), EXAMPLES, of_inputs=True, token_budget=40)
 
 
 def test_layers_above_the_last_site_are_not_computed():

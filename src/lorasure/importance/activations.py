@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import processes
 from ..data.examples import Example, collate, micro_batches
-from ..errors import NumericError
+from ..errors import NumericError, UsageError
 from ..forward import Progress, answer_hidden
 from ..layers import decoder_layers
 from ..precision import operand, product
@@ -68,7 +68,11 @@ def second_moments(
         same = z.data_ptr() == last[0].data_ptr() and z.shape == last[0].shape
         owner = owners.setdefault(site.name, last[1] if same else site.name)
         if owner != site.name:
-            assert same, f"{site.name} reads what {owner} reads in some passes only"
+            if not same:
+                raise UsageError(
+                    f"Layer '{site.name}' reads what '{owner}' reads, and something else too, so its inputs cannot be "
+                    "measured; leave it out with --exclude."
+                )
             return
         last = z, site.name  # held, so that its memory is nobody else's while it is compared with
         z = operand(z[mask])
