@@ -206,6 +206,7 @@ def footprint(name: str, a: argparse.Namespace, sets: Sequence[Sequence[Example]
         four_bit=a.four_bit,
         on_cpu=False,
         shares=1,
+        skipped=0,
         kept=0,
         room=room,
     )

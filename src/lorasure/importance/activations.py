@@ -41,6 +41,14 @@ def side_of(evidence: str) -> int:
     return {"outputs": 0, "inputs": 1}[evidence]
 
 
+def _check_shared(name: str, owner: str, *, same: bool) -> None:
+    if not same:
+        raise UsageError(
+            f"Layer '{name}' reads what '{owner}' reads, and something else too, so its inputs cannot be measured; "
+            "leave it out with --exclude."
+        )
+
+
 @torch.no_grad()
 def second_moments(
     model: PreTrainedModel,
@@ -68,11 +76,7 @@ def second_moments(
         same = z.data_ptr() == last[0].data_ptr() and z.shape == last[0].shape
         owner = owners.setdefault(site.name, last[1] if same else site.name)
         if owner != site.name:
-            if not same:
-                raise UsageError(
-                    f"Layer '{site.name}' reads what '{owner}' reads, and something else too, so its inputs cannot be "
-                    "measured; leave it out with --exclude."
-                )
+            _check_shared(site.name, owner, same=same)
             return
         last = z, site.name  # held, so that its memory is nobody else's while it is compared with
         z = operand(z[mask])
