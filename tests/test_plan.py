@@ -10,26 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from architectures import tiny_model
 from conftest import tiny_llama
-from lorasure import (
-    artifacts,
-    fitting,
-    footprint,
-    layers,
-    lora,
-    models,
-    pipeline,
-    plan,
-    stages,
-    train,
-    train_stage,
-    workbench,
-)
+from lorasure import artifacts, fitting, layers, lora, models, pipeline, plan, stages, train, train_stage, workbench
 from lorasure.cli import main
 from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate, micro_batches
 from lorasure.errors import ResourceError
-from lorasure.footprint import by_stage, peak
+from lorasure.footprint import HEAP, by_stage, peak
 from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
@@ -135,6 +123,20 @@ def test_activations_of_training_some_layers(settings, tmp_path, targets):
         assert 0.75 < said.activations(count, training=True) / kept < 1.25
 
 
+def test_activations_of_a_mixture_whose_experts_are_not_adapted(settings, tmp_path):
+    """A token goes through some of them only."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    bench = Workbench(replace(settings, targets="q_proj", init="lora", rank=2))
+    said, objective = fitting.footprint(bench), bench.objective()
+    start = {s: Factors(torch.ones(s.shape[0], 2), torch.ones(2, s.shape[1])) for s in bench.sites}
+    (step,) = ForgetSteps(objective, epochs=1, batch_size=6, pairing="random", seed=0)
+    wrapped = lora.attach(bench.model, start, 2, 4.0, compensate=False)
+    kept = kept_by(lambda: sum(objective(wrapped, step).values()).backward(), bench.model)
+    count = len(step) * max(unit.width for unit in step)
+    assert said.shapes.routed == 2 / 4
+    assert 0.6 < said.activations(count, training=True) / kept < 1.25
+
+
 def test_four_bit_weights_to_the_byte(settings):
     pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
     bench = Workbench(replace(settings, quantize="nf4"))
@@ -232,7 +234,7 @@ def test_passes_grow_where_training_skips_layers(settings, monkeypatch):
         said = replace(fitting.footprint(Workbench(chosen)), token_budget=60)  # less than a step has
         tokens = max(rows.largest(120 if expected == 896 else 60)[0] for rows in said.steps)
         (counted,) = (p.bytes for p in said.parts() if (p.stage, p.name) == ("train", "activations"))
-        assert counted == round(footprint.HEAP * said.activations(tokens, training=True))
+        assert counted == round(HEAP * said.activations(tokens, training=True))
     bench = Workbench(replace(upper, tokens_per_batch=None))
     skipping = Prefix([torch.nn.Identity()] * 4, 3, ())
     assert fitting.training_budget(bench, skipping) == 4 * 448

@@ -97,8 +97,8 @@ def explained_table(groups: Iterable[dict[str, Any]]) -> str:
         kept = np.array([line["scores"]["share"] for line in trials])
         cells = [explained(np.column_stack(columns), y) for y in (known, kept) for columns in models]
         rows.append([loss, str(len(trials)), *cells])
-    known, kept = "forget probability: rate alone | all settings | and the start", "utility: rate alone | all settings"
-    return table(f"loss | trials that ended | {known} | {kept} | and the start", rows)
+    heads = (f"{what}: rate alone | all settings | and the start" for what in ("forget probability", "utility"))
+    return table(" | ".join(["loss | trials that ended", *heads]), rows)
 
 
 def explained(columns: np.ndarray, y: np.ndarray) -> str:

@@ -57,7 +57,7 @@ class Shapes:
         config, everywhere, stack = model.config.get_text_config(), all_sites(model), decoder_layers(model)
         linear = sum(site.size for site in everywhere if site.parameter is None)
         total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-        experts = max((site.expert + 1 for site in sites if site.expert is not None), default=1)
+        experts = max((site.expert + 1 for site in everywhere if site.expert is not None), default=1)
         routed = (getattr(config, "num_experts_per_tok", None) or experts) / experts
         below = lowest_layer(stack, model, sites)
         idle = {module for layer in stack[:below] for module in layer.modules()}
