@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -32,8 +33,8 @@ from transformers import (
 
 from architectures import ARCHITECTURES, COMMON, GROUPED, MIXTURE, QWEN_MIXTURE, tiny_model
 from conftest import VOCAB, tiny_llama, write_rows
-from lorasure import artifacts, cli, lora, models, pipeline, train, train_stage
-from lorasure.config import ForgetSettings
+from lorasure import artifacts, cli, finetune, lora, models, pipeline, train, train_stage
+from lorasure.config import FinetuneSettings, ForgetSettings
 from lorasure.errors import DataError, UsageError
 from lorasure.sites import all_sites
 
@@ -339,6 +340,17 @@ def test_the_advice_of_a_refusal_works(name, refusal, settings, seen):
     advice = {"exclude": line.rsplit("--exclude ", 1)[1].rstrip(".")} if "--exclude " in line else {"targets": "q_proj"}
     assert "--exclude " in line or ("Name the layers to adapt; they end in: " in line and "q_proj" in line)
     check_forget(settings(model, **advice), seen)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "llama4"])
+def test_finetune_of_some_rank_adapts_the_layers_that_fit(name, settings, tmp_path):
+    torch.manual_seed(0)
+    given = settings(REFUSED[name][0]())
+    options = {"rank": 2, "lr": 1e-2, "epochs": 1, "out": str(tmp_path / "tuned")}
+    tuned = finetune.finetune(FinetuneSettings(model=given.model, data=given.forget, **options))
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (given.model, tuned))
+    changed = {key.rsplit(".", 2)[-2] for key in before if not torch.equal(before[key], after[key])}
+    assert changed and not changed & {"gate", "router", "embed_tokens", "lm_head"}
 
 
 def test_layers_that_are_lost_on_the_way_back_are_refused(refusal, settings, seen):

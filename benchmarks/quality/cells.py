@@ -26,10 +26,6 @@ class Cell:
     settings: dict[str, Any]
     attacked: str = ""
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Cell:
-        return cls(**values)
-
 
 def cell_name(cell: Cell) -> str:
     return f"{cell.loss}/{cell.start}/{cell.split}/{cell.seed}"

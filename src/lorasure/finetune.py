@@ -19,7 +19,7 @@ from .objective import learn, learn_steps
 from .progress import Reporter
 from .registry import lookup
 from .schedule import SCHEDULES
-from .sites import find_sites
+from .sites import all_sites
 from .train_stage import logged_fit
 from .workbench import allowed_changes, check_template, identity
 
@@ -77,10 +77,12 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
 
 
 def trainable(model: Any, rank: int | None, alpha: float, seed: int) -> Any:
-    """The model ready to be trained: all its weights, or with a plain LoRA adapter of rank `rank`."""
+    """The model ready to be trained: all its weights, or a plain LoRA adapter of rank `rank` on all layers that fit."""
     if rank is None:
         return model.requires_grad_(True)
-    sites = find_sites(model)
+    sites = all_sites(model)
+    unfit = set(lora.unfit_sites(model, sites))
+    sites = [site for site in sites if site not in unfit]
     request = Request(rank, alpha / rank, seed=seed)
     factors, _ = initialise(model, sites, INITS["lora"], lambda _: Evidence(), request, None)
     return lora.attach(model, factors, rank, alpha, compensate=False)

@@ -95,13 +95,23 @@ def _config(model: PreTrainedModel, sites: Iterable[Site], rank: int, alpha: flo
 
 
 def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
-    """Raise a UsageError unless peft puts an adapter on each of these sites, and reads it back to where it was.
+    """Raise a UsageError unless peft puts an adapter on each of these sites, and reads it back to where it was."""
+    if unfit := unfit_sites(model, sites):
+        ends = dict.fromkeys(".".join(site.module.split(".")[-2:]) for site in unfit)
+        raise UsageError(
+            f"Layer '{unfit[0].module}' cannot get an adapter: in {model.config.model_type} models, peft takes its "
+            f"name for another's. Leave it out with --exclude {','.join(ends)}."
+        )
+
+
+def unfit_sites(model: PreTrainedModel, sites: Iterable[Site]) -> list[Site]:
+    """Those of the sites that peft puts no adapter on, or does not read back to where it was.
 
     In mixtures peft gives names of linear layers another meaning, that of experts in models of older versions, and
     transformers' renamings may spoil others on the way back. Allocates nothing, leaves no trace.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of layers left out, which are told below
+        with warnings.catch_warnings(action="ignore"):  # of layers left out, which the caller tells
             wrapped = get_peft_model(model, _config(model, sites, 1, 1.0), low_cpu_mem_usage=True)
     except ValueError as error:
         raise UsageError(f"--targets: peft cannot adapt these layers: {str(error).splitlines()[0]}") from error
@@ -113,13 +123,7 @@ def check_fits(model: PreTrainedModel, sites: Iterable[Site]) -> None:
     missing = set_peft_model_state_dict(wrapped, get_peft_model_state_dict(wrapped)).missing_keys
     lost = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in missing if ".lora_" in key}
     wrapped.unload()
-    left_out = [s.module for s in sites if (s.module, s.parameter) not in adapted or s.module in lost]
-    if left_out:
-        ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in left_out)
-        raise UsageError(
-            f"Layer '{left_out[0]}' cannot get an adapter: in {model.config.model_type} models, peft takes its name "
-            f"for another's. Leave it out with --exclude {','.join(ends)}."
-        )
+    return [s for s in sites if (s.module, s.parameter) not in adapted or s.module in lost]
 
 
 def _grouped(start: Start) -> dict[tuple[str, str | None], dict[int | None, Factors]]:
