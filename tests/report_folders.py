@@ -16,6 +16,7 @@ from lorasure.evaluate.metrics import Score
 
 BASE = {"source": "hub/base", "revision": None, "architecture": "Tiny", "parameters": 1000, "files": {"w": "base"}}
 RETRAINED = BASE | {"source": "hub/retrained", "files": {"w": "retrained"}}
+ADAPTER, MERGED = "adapter/adapter_model.safetensors", "merged/model.safetensors"
 BEFORE, AFTER = (0.9, 0.85), (0.1, 0.8)
 SETTINGS: dict[str, Any] = {
     "init": "vila", "rank": 8, "alpha": 16.0, "targets": "all", "loss": "ihl", "retain_loss": None, "lambda": 1.0,
@@ -29,11 +30,18 @@ def _score(value: float, n: int = 6) -> dict[str, Any]:
 
 
 def make_run(
-    folder: Path, adapter: str = "adapter", before=BEFORE, after=AFTER, data=None, steps=4, **summary: Any
+    folder: Path,
+    adapter: str = "adapter",
+    before=BEFORE,
+    after=AFTER,
+    data=None,
+    steps=4,
+    weights=ADAPTER,
+    **summary: Any,
 ) -> Path:
-    """A finished run; `before` and `after` are probabilities of the forget and the retain set."""
-    (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter/adapter_model.safetensors").write_text(adapter)
+    """A finished run that hands over the file `weights`; `before`, `after`: probabilities of forget and retain set."""
+    (folder / weights).parent.mkdir(parents=True)
+    (folder / weights).write_text(adapter)
     part = {"rows": 6, "answer_tokens": 60, "truncated": 0, "sha256": "rows", "template": "qa", "source": "rows.jsonl"}
     names = ("forget", "retain")
     found = {"before": before, "after": after}
@@ -56,7 +64,7 @@ def make_run(
 
 
 def adapter_of(run: Path) -> dict[str, str]:
-    return {"source": str(run), "sha256": artifacts.sha256(run / "adapter/adapter_model.safetensors")}
+    return {"source": str(run), "sha256": artifacts.sha256(run / ADAPTER)}
 
 
 def make_evaluation(

@@ -1,9 +1,10 @@
-"""Thresholds and the verdict, from results alone."""
+"""Thresholds, the verdict and the table, from results alone."""
 
 from __future__ import annotations
 
 import pytest
 
+from lorasure import show
 from lorasure.errors import UsageError
 from lorasure.evaluate.gate import Rule, check, counterpart, parse_gate, verdict, worst
 
@@ -91,6 +92,9 @@ def test_what_did_not_run_never_passes_in_silence():
     assert not named["passed"] and "could not be checked: bitsandbytes is not installed" in named["text"]
     every = checked("probability<=1", not_run=missing)
     assert every["passed"] and every["text"].endswith("NOT CHECKED, as they did not run: nf4")
+    off = [{"attack": "scale", "subject": "unlearned", "reason": "there is no adapter"}]
+    assert "NOT CHECKED" not in checked("probability<=1", not_run=off)["text"], "a rule for all is not about scale"
+    assert "there is no adapter" in checked("scale:probability<=1", ALONE[:4], off)["text"]
     without = checked("rouge<=1")
     assert not without["passed"] and "no attack gave a value of ROUGE-L recall" in without["text"]
     undefined = checked("prefix:extraction_strength<=1")
@@ -111,10 +115,11 @@ def test_counterpart_falls_back_on_the_unattacked_retrained_model():
 def test_the_verdict_ranks_by_the_difference_from_the_retrained_model():
     said = verdict(LINES)
     assert said[0] == (
-        "extraction strength: relearn (10 steps) brings back the most: 0.300 (retrained 0.050); "
-        "not attacked: 0.100 (retrained 0.050)."
+        "extraction strength: relearn (10 steps) brings back the most beyond what the retrained model gives: "
+        "0.300 (retrained 0.050); not attacked: 0.100 (retrained 0.050)."
     )
-    assert said[1].startswith("probability: relearn (10 steps) brings back the most: 0.500 (retrained 0.100)")
+    assert said[1].startswith("probability: relearn (10 steps) brings back the most beyond ")
+    assert ": 0.500 (retrained 0.100); not attacked" in said[1]
     assert "(scale 0) the model is the original: extraction strength 1.000" in said[2] and len(said) == 3
 
 
@@ -127,3 +132,33 @@ def test_the_verdict_without_a_retrained_model_says_so():
 def test_the_verdict_when_no_attack_works():
     said = verdict([LINES[0], line("prefix", None, probability=0.1, extraction_strength=0.1)])
     assert said[1] == "probability: no attack brings back more than plain questions do: 0.200."
+
+
+def test_plain_questions_may_bring_back_the_most_beyond_the_retrained_model_without_being_the_worst():
+    lines = [
+        line("none", None, probability=0.3),
+        line("relearn", 10, probability=0.6),
+        line("none", None, "retrained", probability=0.05),
+        line("relearn", 10, "retrained", probability=0.5),
+    ]
+    assert checked("probability<=1", lines)["value"] == 0.6
+    assert verdict(lines) == [
+        "probability: no attack brings back more beyond what the retrained model gives than plain questions do: "
+        "0.300 (retrained 0.050)."
+    ]
+
+
+def test_the_table_has_a_place_for_each_model(capsys):
+    lines = [
+        line("none", None, probability=0.2),
+        line("scale", 0.0, probability=0.9),
+        line("none", None, "retrained", probability=0.1),
+        line("relearn", 10, "retrained", probability=0.5),
+    ]
+    about = {"retrained": {"files": {}}, "not_run": [], "verdict": [], "gate": []}
+    show.attacks(about, lines)
+    rows = {text.split()[0]: text.split()[-3:] for text in capsys.readouterr().out.splitlines() if " / " in text}
+    assert rows["none"] == ["0.200", "/", "0.100"]
+    assert rows["relearn"] == ["-", "/", "0.500"] and rows["scale"] == ["0.900", "/", "-"]
+    show.attacks(about | {"retrained": None}, lines[:2])
+    assert " / " not in capsys.readouterr().out

@@ -26,7 +26,17 @@ from lorasure.report.style import COLOURS, inline_svg, save
 from lorasure.report.tables import CHECK, compare, score_table
 from lorasure.report.verdict import promises
 from lorasure.workbench import Workbench
-from report_folders import RETRAINED, adapter_of, make_all, make_attack, make_evaluation, make_run
+from report_folders import (
+    ADAPTER,
+    BASE,
+    MERGED,
+    RETRAINED,
+    adapter_of,
+    make_all,
+    make_attack,
+    make_evaluation,
+    make_run,
+)
 
 
 def page_of(path):
@@ -75,6 +85,35 @@ def test_a_run_borrows_the_references_of_another_with_the_same_task(tmp_path):
     assert set(runs[0].suites[0].models) == {"before", "after", "retrained"} and runs[0].attacked is None
     third = make_run(tmp_path / "third", "third", base=RETRAINED)
     assert not read_runs([third, first])[0].suites
+
+
+def test_runs_in_folders_of_the_same_name_keep_what_is_their_own(tmp_path):
+    runs = [make_run(tmp_path / search / "npo", search) for search in ("s1", "s2")]
+    for run in runs:
+        make_evaluation(run.with_name("npo-before"))
+        make_evaluation(run.with_name("npo-after"), 0.1, adapter=adapter_of(run))
+        make_attack(run.with_name("npo-attacks"), run)
+    for run in read_runs(runs):
+        models = run.suites[0].models
+        assert list(models) == ["before", "after"]
+        assert {Path(m.evaluation.source).parent for m in models.values()} == {run.folder.parent}
+        assert run.attacked and run.attacked["adapter"]["sha256"] == run.adapter
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_one_run_made_is_not_the_retrained_model_of_another(tmp_path, named):
+    lora, ssd = make_run(tmp_path / "lora"), make_run(tmp_path / "ssd", "dampened", weights=MERGED)
+    made = BASE | {"source": str(ssd / "merged"), "files": {"model.safetensors": artifacts.sha256(ssd / MERGED)}}
+    next_one = make_run(tmp_path / "next", "on ssd", base=made)
+    make_evaluation(tmp_path / "lora-before")
+    make_evaluation(tmp_path / "lora-after", adapter=adapter_of(lora))
+    make_evaluation(tmp_path / "ssd-retrained", model=RETRAINED)
+    after = make_evaluation(tmp_path / "ssd-after", model=made)
+    runs = read_runs([lora, ssd, next_one, *[after] * named])
+    found = {run.name: {r: m.evaluation for s in run.suites for r, m in s.models.items()} for run in runs}
+    assert list(found["lora"]) == list(found["ssd"]) == ["before", "after", "retrained"]
+    assert {found[name]["retrained"].about["model"]["source"] for name in ("lora", "ssd")} == {RETRAINED["source"]}
+    assert list(found["next"]) == ["before"] * named
 
 
 def test_refusals_name_the_folder(tmp_path):
@@ -141,6 +180,29 @@ def test_promises_of_a_run_that_was_only_made(tmp_path):
         assert found["Forgotten"].figures[1][1].startswith(f"{after[0]:.3f} [")
     unknown = make_run(tmp_path / "c", before=(0.001, 0.9), after=(0.0, 0.9))
     assert said(read_runs([unknown])[0])["Forgotten"].text == "The model hardly knew it before."
+    useless = make_run(tmp_path / "d", before=(0.9, 0.0), after=(0.1, 0.0))
+    kept = said(read_runs([useless])[0])["The rest kept"]
+    assert kept.answer == "Not shown" and "share" not in str(kept.figures).lower()
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "answer", "text"),
+    [
+        (ADAPTER, (), "Yes", "An adapter suppresses.*Give away merged weights only"),
+        (ADAPTER, (MERGED,), "The adapter, yes", "An adapter suppresses.*Merged weights were written too"),
+        (MERGED, (), "No", "no adapter to leave out"),
+        ("assistant/adapter_model.safetensors", (), "Yes", "An assistant suppresses.*cannot be merged"),
+        ("unfinished", (), "Not shown", "hands nothing over yet"),
+    ],
+)
+def test_what_can_be_removed_is_what_the_run_hands_over(tmp_path, weights, more, answer, text):
+    run = make_run(tmp_path / "run", weights=weights)
+    for name in more:
+        artifacts.write_text(run / name, "more")
+    artifacts.write_manifest(run)
+    removable = said(read_runs([run])[0])["Removable"]
+    assert removable.answer == answer and re.search(text, removable.text)
+    assert ("erged weights" in removable.text) == (weights == ADAPTER)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +331,17 @@ def test_plots_are_files_for_papers(tmp_path):
     assert {"own-truth-ratio", "own-tradeoff", "training", "importance", "attack-relearn"} <= {f.stem for f in files}
     assert all(f.suffix == ".svg" and f.read_bytes().startswith(b"<?xml") for f in files)
     assert save(charts.training(read_runs([run])[0].steps), "png").startswith(b"\x89PNG")
+
+
+def test_every_run_has_plots_of_its_own_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(Path(name), name) for name in ("a/npo", "b/npo", "b/n po", "b/n-po")]
+    report(runs[:1], ReportSettings(plots="svg"))
+    single = {path.name for path in Path("a/npo-report-plots").iterdir()}
+    report(runs, ReportSettings(plots="svg", out="all.html"))
+    files = [path.name for path in Path("all-plots").iterdir()]
+    for name in single:
+        assert len([file for file in files if file.endswith(f"-{name}")]) == len(runs)
 
 
 def test_a_chart_says_the_same_on_the_page_and_in_a_file(tmp_path):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .errors import escaped
+from .evaluate.gate import Line, value_of
 from .outcome import adapter_form
 
 
@@ -116,7 +117,7 @@ def probe(found: Mapping[str, Any], source: str, as_json: bool = False) -> None:
         Console(highlight=False).print(*lines, sep="\n", markup=False)
 
 
-def attacks(about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
+def attacks(about: Mapping[str, Any], lines: Sequence[Line], as_json: bool = False) -> None:
     """A row per attack and point, what did not run, the verdict, the gate; or one JSON object, the gate on stderr."""
     gate = [rule["text"] for rule in about["gate"]]
     if as_json:
@@ -128,17 +129,13 @@ def attacks(about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], as_jso
     console = Console(highlight=False)
     names = list(dict.fromkeys(key for line in lines for key in line["scores"]))
     table = Table("attack", *(Column(name.replace("_", "\n"), justify="right") for name in names), box=None)
-    table.title, table.title_justify = (
-        "after each attack: unlearned" + " / retrained" * (about["retrained"] is not None),
-        "left",
-    )
-    values: dict[tuple, dict[str, list[str]]] = {}
-    for line in lines:
-        cells = values.setdefault((line["attack"], line["point"]), {name: [] for name in names})
-        for name in line["scores"]:
-            cells[name].append(f"{line['scores'][name]['value']:.3f}")
-    for (attack, point), cells in values.items():
-        table.add_row(attack + ("" if point is None else f" {point:g}"), *(" / ".join(c) for c in cells.values()))
+    subjects = ("unlearned", "retrained") if about["retrained"] else ("unlearned",)
+    table.title, table.title_justify = f"after each attack: {' / '.join(subjects)}", "left"
+    found = {(line["attack"], line["point"], line["subject"]): line for line in lines}
+    for attack, point in dict.fromkeys((line["attack"], line["point"]) for line in lines):
+        row = [found.get((attack, point, subject)) for subject in subjects]
+        cells = (" / ".join(_value(line, name) for line in row) for name in names)
+        table.add_row(attack + ("" if point is None else f" {point:g}"), *cells)
     console.print(table)
     known = [s for line in lines for s in line["scores"].values() if s["low"] is not None]
     widest = max(((s["high"] - s["low"]) / 2 for s in known), default=None)
@@ -146,6 +143,11 @@ def attacks(about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], as_jso
         console.print(f"95 % intervals, at most +-{widest:.2f} here, and n are in attacks.jsonl.", markup=False)
     skipped = [f"not run: {x['attack']} ({x['subject']}): {x['reason']}." for x in about["not_run"]]
     console.print(*skipped, *about["verdict"], *gate, sep="\n", markup=False, soft_wrap=True)
+
+
+def _value(line: Line | None, score: str) -> str:
+    value = value_of(line, score)
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _name(line: Mapping[str, Any], score: str) -> str:

@@ -56,8 +56,8 @@ def _rule(text: str, attacks: dict[str, None]) -> Rule:
 def check(rules: Sequence[Rule], lines: Sequence[Line], not_run: Sequence[Line]) -> list[dict[str, Any]]:
     """For each rule: `rule`, `passed`, the `value`, `attack` and `point` of the worst, and `text`, all of it in words.
 
-    A rule without any value to compare is not passed. What a passed rule could not see, because an attack did not run,
-    is said in its text.
+    A rule without any value to compare is not passed. What a rule could not see, because an attack that it is about did
+    not run, is said in its text.
     """
     missing = {line["attack"]: line["reason"] for line in not_run if line["subject"] == "unlearned"}
     return [_checked(rule, lines, missing) for rule in rules]
@@ -72,8 +72,9 @@ def _checked(rule: Rule, lines: Sequence[Line], missing: dict[str, str]) -> dict
     value = line["scores"][rule.score]["value"]
     found |= {"passed": value <= rule.most, "value": value, "attack": line["attack"], "point": line["point"]}
     text = f"gate {rule}: {'passed' if found['passed'] else 'FAILED'}, worst {value:.3f}, {place(line)}"
-    if missing and rule.attack is None:
-        text += f"; NOT CHECKED, as they did not run: {', '.join(missing)}"
+    unseen = [name for name in missing if name != UNDOES]
+    if unseen and rule.attack is None:
+        text += f"; NOT CHECKED, as they did not run: {', '.join(unseen)}"
     return found | {"text": text}
 
 
@@ -141,11 +142,14 @@ def _sentence(lines: Sequence[Line], score: str) -> str | None:
         return line["scores"][score]["value"] - (value_of(counterpart(lines, line), score) or 0.0)
 
     most = max(candidates, key=excess)
+    compared = any(value_of(counterpart(lines, line), score) is not None for line in candidates)
+    beyond = " beyond what the retrained model gives" if compared else ""
+    figures = _figures(lines, most, score)
     if most["attack"] == "none":
-        return f"{SCORES[score]}: no attack brings back more than plain questions do: {_figures(lines, most, score)}."
+        return f"{SCORES[score]}: no attack brings back more{beyond} than plain questions do: {figures}."
     plain = next((line for line in candidates if line["attack"] == "none"), None)
     before = f"; not attacked: {_figures(lines, plain, score)}" if plain else ""
-    return f"{SCORES[score]}: {place(most)} brings back the most: {_figures(lines, most, score)}{before}."
+    return f"{SCORES[score]}: {place(most)} brings back the most{beyond}: {figures}{before}."
 
 
 def _figures(lines: Sequence[Line], line: Line, score: str) -> str:

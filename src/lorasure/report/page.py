@@ -50,10 +50,10 @@ def _head(path: Path) -> str:
 
 
 def _all_charts(found: Sequence[Contents], compared: Sequence[Table]) -> dict[str, Chart]:
-    """Every chart by the stem of its file; of several runs, and of several suites, each has its own."""
+    """Every chart by the stem of its file; of several runs (of one name, even) and suites, each has its own."""
     drawn = {f"compare-{table.suite}-{chart.name}": chart for table in compared if (chart := tradeoff(table))}
-    for part in found:
-        run = f"{Path(part.name).name}-" if len(found) > 1 else ""
+    for number, part in enumerate(found, 1):
+        run = f"{number}-{Path(part.name).name}-" if len(found) > 1 else ""
         for m in part.measurements:
             drawn |= {f"{run}{m.table.suite}-{chart.name}": chart for chart in m.charts}
         drawn |= {f"{run}{chart.name}": chart for chart in (part.training, part.importance, *part.attacks) if chart}

@@ -114,23 +114,25 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
     Beside it are the folders whose name is the run's and a hyphen; where they measure what one of `paths` measures,
     that one counts. What lies beside one run serves another of the same base and forget set that has none of its own.
-    Raises UsageError without a run, DataError for a folder of another kind, one that belongs to no
-    run, two that measure the same, and models of a run that were evaluated on other rows, template or tokenizer.
+    What one of the runs made is never the retrained model of another. Raises UsageError without a run, DataError for a
+    folder of another kind, one that belongs to no run, two that measure the same, and models of a run that were
+    evaluated on other rows, template or tokenizer.
     """
     given = [(Path(path), _kind(Path(path))) for path in paths]
     runs = [_read_run(path) for path, kind in given if kind == "run"]
     if not runs:
         raise UsageError("Name at least one run folder, that of `lorasure forget --out`.")
     named = [path for path, kind in given if kind != "run"]
-    homeless = [path for path in named if not any(_belongs(path, run) for run in runs)]
+    homeless = [path for path in named if not any(_belongs(path, run, runs) for run in runs)]
     if homeless:
         names = ", ".join(run.name for run in runs)
         raise DataError(f"{homeless[0]}: it was made with another adapter than that of {names}.")
-    beside = {run.name: _beside(run, named) for run in runs}
+    beside = [_beside(run, named, runs) for run in runs]
     found = []
-    for run in runs:
-        lent = [[p] for other in runs if _same_task(run, other) for p in beside[other.name] if _belongs(p, run)]
-        found.append(_joined(run, [[p for p in named if _belongs(p, run)], beside[run.name], *lent]))
+    for run, own in zip(runs, beside, strict=True):
+        others = [paths for other, paths in zip(runs, beside, strict=True) if _same_task(run, other)]
+        lent = [[path] for paths in others for path in paths if _belongs(path, run, runs)]
+        found.append(_joined(run, [[path for path in named if _belongs(path, run, runs)], own, *lent]))
     return found
 
 
@@ -174,26 +176,31 @@ def _about(folder: Path) -> dict[str, Any]:
     return artifacts.read_json(folder / name)
 
 
-def _belongs(folder: Path, run: Run) -> bool:
+def _belongs(folder: Path, run: Run, runs: Sequence[Run]) -> bool:
+    """Whether a folder measures this one of `runs`, or what it is held against: not a model that another made."""
     with artifacts.as_written(folder):
+        about = _about(folder)
         if _kind(folder) == "attack":
-            return _about(folder)["adapter"]["sha256"] == run.adapter
-        return run.role(_about(folder)) is not None
+            return about["adapter"]["sha256"] == run.adapter
+        role = run.role(about)
+        if role == "retrained":
+            return not any(other.role(about) == "after" for other in runs)
+        return role is not None
 
 
-def _beside(run: Run, named: Sequence[Path]) -> list[Path]:
+def _beside(run: Run, named: Sequence[Path], runs: Sequence[Run]) -> list[Path]:
     """Folders that begin with this run's name, not with another run's longer one, and belong to it; without `named`."""
     place = run.folder.resolve().parent
     folders = [path for path in sorted(place.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    runs = [path.name for path in folders if (path / artifacts.SUMMARY).is_file()]
+    names = [path.name for path in folders if (path / artifacts.SUMMARY).is_file()]
     found = []
     for path in folders:
-        owners = [name for name in runs if path.name.startswith(f"{name}-")]
+        owners = [name for name in names if path.name.startswith(f"{name}-")]
         measured = any((path / name).is_file() for name in (ABOUT, ATTACK))
         if measured and owners and max(owners, key=len) == run.name:
             found.append(path)
     other = {path.resolve() for path in named}
-    return [path for path in found if path.resolve() not in other and _belongs(path, run)]
+    return [path for path in found if path.resolve() not in other and _belongs(path, run, runs)]
 
 
 def _joined(run: Run, groups: Sequence[Sequence[Path]]) -> Run:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from ..artifacts import MERGED
 from ..evaluate.gate import SCORES, UNDOES
 from ..evaluate.metrics import HARDLY_KNOWN, STILL_KNOWN, UTILITY_FLOOR, Score
+from ..outcome import ASSISTANT, weights_of
 from .read import Point, Run, Scores
 from .tables import NAMES, shown
 
 SIGNIFICANT = 0.05  # p below which two distributions of truth ratios count as different
 KNOWLEDGE = tuple(SCORES)  # of the forget set, the most trustworthy first
 UTILITY = ("model_utility", "model_utility_without_rouge", "retain_probability")
-SUPPRESSED = "An adapter suppresses, it does not erase: whoever holds the base can leave it out or scale it down"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def _kept(run: Run) -> Promise:
     if found is None:
         return _not_shown(question, "Nothing to keep was measured before and after.")
     name, scores = found
-    share = _value(scores["after"]) / _value(scores["before"]) if _value(scores["before"]) else 1.0
+    if not _value(scores["before"]):
+        return _not_shown(question, "By this measure there was nothing to keep.", _figures(name, scores))
+    share = _value(scores["after"]) / _value(scores["before"])
     figures = (("Share that is left", f"{share:.1%}"), *_figures(name, scores))
     if share < UTILITY_FLOOR:
         tone = "bad" if share < STILL_KNOWN else "partly"
@@ -150,13 +152,23 @@ def _defined(point: Point, metric: str) -> bool:
 
 def _removable(run: Run) -> Promise:
     question = "Removable?"
+    weights = weights_of(run.files)
+    if weights is None:
+        return _not_shown(question, "The run hands nothing over yet.")
+    kind = weights.split("/")[0]
+    if kind == MERGED:
+        text = "The weights themselves were changed: there is no adapter to leave out."
+        return Promise(question, "No", "good", text)
     scaled = [p for p in run.points if p.attack == UNDOES and p.subject == "unlearned"]
     metric = next((m for m in KNOWLEDGE if scaled and all(_defined(p, m) for p in scaled)), "")
-    figures = tuple((f"{NAMES[metric]}, adapter x {p.point:g}", shown(p.scores[metric])) for p in scaled if metric)
+    figures = tuple((f"{NAMES[metric]}, {kind} x {p.point:g}", shown(p.scores[metric])) for p in scaled if metric)
+    text = f"An {kind} suppresses, it does not erase: whoever holds the base can leave it out or scale it down."
+    if kind == ASSISTANT:
+        return Promise(question, "Yes", "partly", f"{text} It cannot be merged into the weights.", figures)
     if any(name.startswith(f"{MERGED}/") for name in run.files):
-        text = f"{SUPPRESSED}. Merged weights were written too; in those there is nothing to leave out."
+        text += " Merged weights were written too; in those there is nothing to leave out."
         return Promise(question, "The adapter, yes", "partly", text, figures)
-    return Promise(question, "Yes", "partly", f"{SUPPRESSED}. Give away merged weights only.", figures)
+    return Promise(question, "Yes", "partly", f"{text} Give away merged weights only.", figures)
 
 
 def _not_shown(question: str, text: str, figures: tuple[tuple[str, str], ...] = ()) -> Promise:
