@@ -261,11 +261,17 @@ def test_attacks_that_do_not_apply_say_why(tokenizer, monkeypatch):
     v = victim(tiny_llama(), tokenizer, generate_rows=0)
     text = [replace(row, kind="text") for row in v.rows.forget]
     plain = [replace(row, extra={}) for row in v.rows.forget]
+    long = [replace(v.rows.forget[0], extra={"paraphrased_question": "Who? " * 200}), *v.rows.forget[1:]]
     for name, changed, said in (
         ("sample", v, "no answers are generated"),
         ("scale", v, "no adapter"),
         ("prefix", replace(v, rows=replace(v.rows, forget=tuple(text))), "no question"),
         ("paraphrase", replace(v, rows=replace(v.rows, forget=tuple(plain))), "'paraphrased_question'"),
+        (
+            "paraphrase",
+            replace(v, rows=replace(v.rows, forget=tuple(long))),
+            "in other words, .*: answer fully truncated",
+        ),
         ("few-shot", replace(v, rows=replace(v.rows, retain=v.rows.retain[:2])), "has not 3 rows of the same kind"),
         ("relearn-few", victim(tiny_llama(), tokenizer), ""),
     ):

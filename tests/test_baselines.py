@@ -264,6 +264,7 @@ def test_uld_forgets_and_is_evaluated_like_any_model(run, model_folder):
     scores = evaluating.evaluate_model(given)
     assert scores["forget_probability"].value == pytest.approx(after["forget"]["value"])
     assert scores["forget_rouge"].value is not None
+    assert not any("cka" in name for name in scores)  # hidden states would be the base's own: they tell nothing
 
 
 def test_lambda_keeps_the_assistant_uniform_on_what_must_stay(run, tmp_path):

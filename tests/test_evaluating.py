@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import tiny_llama, tofu_folder, write_rows
+from lorasure import evaluating
 from lorasure.artifacts import sha256
 from lorasure.cli import main
 from lorasure.config import ModelSettings
@@ -82,6 +83,31 @@ def test_generation_is_that_of_a_plain_loop_without_cache(subject: Subject) -> N
     assert found["text"]["generated"] == subject.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
     assert (found["rouge_recall"], found["rouge_f1"]) == rouge_l("Ann 0.", found["text"]["generated"])
     assert found["generated_tokens"] == len(ids) - start
+
+
+def test_what_a_model_asks_for_besides_does_not_change_what_it_says(subject: Subject) -> None:
+    """A penalty on repetitions, beams or a least length in generation_config.json would hide what is known."""
+    chosen = EvaluationSet("forget", made(), FULL)
+    expected = collect(subject, chosen)
+    own = subject.model.generation_config
+    own.update(repetition_penalty=3.0, num_beams=2, no_repeat_ngram_size=1, min_new_tokens=5, suppress_tokens=[65, 66])
+    assert collect(subject, chosen) == expected
+    assert subject.model.generation_config is own and own.repetition_penalty == 3.0
+
+
+def test_an_empty_cell_is_no_answer(subject: Subject) -> None:
+    """Parquet has null where a row has no paraphrase or no wrong answers, CSV an empty text."""
+    [row] = made(1)
+    bare = replace(row, extra={})
+    for nothing in (None, ""):
+        [item] = items(subject, [replace(row, extra=row.extra | {"paraphrased_answer": nothing})])
+        assert item.paraphrase is not None and item.paraphrase.input_ids == item.example.input_ids
+        [item] = items(subject, [replace(row, extra=row.extra | {"perturbed_answer": nothing})])
+        assert item == items(subject, [bare])[0]
+        others = with_wrong_answers((replace(row, extra={"perturbed_answer": nothing}), *made(3)), 0)
+        assert others[0].extra["borrowed"]
+    with pytest.raises(DataError, match="'perturbed_answer' must be a list of wrong answers"):
+        items(subject, [replace(row, extra={"perturbed_answer": ["Bob.", None]})])
 
 
 def test_records_do_not_depend_on_batch_size_order_or_padding(
@@ -200,12 +226,13 @@ def some(**about: object) -> Evaluation:
         (some(template="qa"), "their template differs"),
         (some(tokenizer="abc"), "their tokenizer differs"),
         (some(split="forget05"), "their split differs"),
+        (some(sets={"forget": {"tokens": "b"}}), "the rows of set 'forget' are the same, but not their wrong answers"),
         (replace(some(), sets={"forget": some().sets["forget"][:1]}), "2 rows in one, 1 in the other"),
         (replace(some(), sets={"forget": some().sets["forget"][::-1]}), "row 0 of set 'forget' is another one"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(other: Evaluation, said: str) -> None:
-    one = some(template="chat", tokenizer="def", split="forget01")
+    one = some(template="chat", tokenizer="def", split="forget01", sets={"forget": {"tokens": "a"}})
     check_comparable(one, some())
     with pytest.raises(DataError, match=said):
         check_comparable(one, other)
@@ -298,14 +325,41 @@ def test_resuming_with_other_data_is_refused(
     assert "retain rows" in capsys.readouterr().err
 
 
+def test_resuming_with_other_wrong_answers_or_another_dtype_is_refused(
+    tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    original = collecting._answered
+    monkeypatch.setattr(collecting, "_answered", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(command("torn")) in (75, 130)
+    monkeypatch.setattr(collecting, "_answered", original)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:  # `auto`, on a machine with a GPU
+        patch.setattr(evaluating, "pick_dtype", lambda *_: torch.bfloat16)
+        assert main(command("torn", "--resume")) == 2
+    assert "dtype" in capsys.readouterr().err
+    file = tmp_path / "tofu" / "retain_perturbed.json"
+    changed = [json.loads(line) for line in file.read_text().splitlines()]
+    changed[0]["perturbed_answer"][0] += "?"
+    file.write_text("\n".join(map(json.dumps, changed)))
+    assert main(command("torn", "--resume")) == 2
+    assert "retain tokens" in capsys.readouterr().err
+
+
 def test_a_wrong_reference_is_refused_before_anything_is_measured(
     tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(command("short", "--max-rows", "3")) == 0
+    measured = collecting._measured
     monkeypatch.setattr(collecting, "_measured", lambda *args: pytest.fail("measured"))
     capsys.readouterr()
     assert main(command("one", "--reference", str(tmp_path / "short"))) == 3
     assert "set 'forget' has 5 rows in one, 3 in the other" in capsys.readouterr().err
+    monkeypatch.setattr(collecting, "_measured", measured)
+    assert main(command("cut", "--max-length", "24")) == 0
+    monkeypatch.setattr(collecting, "_measured", lambda *args: pytest.fail("measured"))
+    capsys.readouterr()
+    assert main(command("one", "--reference", str(tmp_path / "cut"))) == 3
+    assert "--max-length" in capsys.readouterr().err
     assert not (tmp_path / "one").exists()
 
 
@@ -345,6 +399,13 @@ def test_a_holdout_adds_membership_inference(
     for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "gradient_norm"):
         assert 0 <= found[f"membership_{name}_auc"]["value"] <= 1 and found[f"membership_{name}_tpr"]["n"] == 6
     assert "retain" not in {name.split("_")[0] for name in found}
+    without = ["evaluate", *map(str, given[:-2]), "--no-generate", "--out", str(tmp_path / "without")]
+    assert main(without) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(tmp_path / "three"), "--reference", str(tmp_path / "without")]) == 0
+    partly = json.loads(capsys.readouterr().out)
+    assert partly["privleak"]["reason"] == "the reference was evaluated without --holdout"
+    assert partly["forget_quality"]["value"] == 0 and partly["membership_min_k_auc"] == found["membership_min_k_auc"]
 
 
 @pytest.mark.parametrize("word", ["missing", "empty"])
@@ -383,3 +444,33 @@ def test_an_adapter_is_evaluated_on_its_run_s_data_and_compared_inside_with_the_
     assert f"--model {other}: not the weights that {run} was made with" in capsys.readouterr().err
     assert main(["evaluate", *base, "--adapter", str(tmp_path), *plain, str(tmp_path / "none")]) == 3
     assert "neither a run folder with an adapter nor a PEFT adapter" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_a_run_reads_and_asks_as_the_run_did(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"q": f"Who was number {i}?", "a": f"It was person {i * 7}."} for i in range(6)]
+    data = {
+        name: str(write_rows(tmp_path / name, part)) for name, part in (("f.jsonl", rows[:3]), ("r.jsonl", rows[3:]))
+    }
+    base, keys = ["--model", str(model_folder)], ["--prompt-key", "q", "--answer-key", "a"]
+    asked = ["--template", "Q: {question} A: "]
+    made = ["--forget", data["f.jsonl"], "--retain", data["r.jsonl"], "--epochs", "1", "--lr", "1e-2", "--init", "lora"]
+    assert main(["forget", *base, *made, *keys, *asked, "--out", str(tmp_path / "run")]) == 0
+    after = ["evaluate", *base, "--adapter", str(tmp_path / "run"), "--no-generate", "--out", str(tmp_path / "after")]
+    assert main(after) == 0
+    about = read_evaluation(tmp_path / "after").about
+    assert about["template"] == asked[1] and about["sets"]["forget"]["rows"] == 3
+    capsys.readouterr()
+    assert (
+        main([*after[:-1], str(tmp_path / "other"), "--forget", data["f.jsonl"]]) == 3
+    )  # rows of its own: its own keys
+    assert "f.jsonl" in capsys.readouterr().err
+
+
+def test_the_split_that_is_measured_is_recorded(tmp_path: Path, command: Callable[..., list[str]]) -> None:
+    given = command("one", "--no-generate")
+    (tmp_path / "tofu" / "forget01_perturbed.json").rename(tmp_path / "tofu" / "forget10_perturbed.json")
+    at = given.index("--split")
+    assert main([*given[:at], *given[at + 2 :]]) == 0
+    assert read_evaluation(tmp_path / "one").about["split"] == "forget10"

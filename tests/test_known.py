@@ -119,6 +119,13 @@ def test_scores_and_tests_of_both_sides() -> None:
     assert known_scores(FOREIGN, KNOWN, given=True)["exact_memorisation"].extra["p"] > 0.999  # one-sided
 
 
+def test_many_rows_have_a_verdict_too() -> None:
+    """The number of ways to divide them is beyond a float."""
+    many = known_scores(KNOWN * 60, FOREIGN * 60, given=True)["verdict"]
+    assert many.value == 1 and "So few rows" not in str(many.extra["text"])
+    assert "So few rows" in str(known_scores(KNOWN[:2], FOREIGN[:2], given=True)["verdict"].extra["text"])
+
+
 def _noise(rng: np.random.Generator, n: int) -> list[Record]:
     return [record("".join(rng.choice(["0", "1"], 8, p=[0.7, 0.3])), float(rng.normal())) for _ in range(n)]
 

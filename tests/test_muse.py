@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from conftest import write_rows
 from lorasure.cli import main
@@ -100,7 +100,9 @@ def test_an_answer_is_cut_before_the_first_stop(tokenizer: PreTrainedTokenizerFa
     def answer(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
-    model = SimpleNamespace(device=torch.device("cpu"), config=LlamaConfig(), generate=answer)
+    model = SimpleNamespace(
+        device=torch.device("cpu"), config=LlamaConfig(), generate=answer, generation_config=GenerationConfig()
+    )
     speaker = Subject(model, tokenizer, SuiteSettings(model="m"), 64)
     assert generate(speaker, [Example((5, 6), 2)], muse.ANSWERED) == [(kept, len(ids))]
 

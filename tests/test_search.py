@@ -17,9 +17,10 @@ import pytest
 import torch
 import yaml
 
-from conftest import write_rows
+from conftest import tiny_llama, write_rows
 from lorasure import artifacts, checkpoint, cli, folders, lora, stages, train
 from lorasure.errors import DataError, ResourceError, UsageError
+from lorasure.models import load_tokenizer
 from lorasure.progress import Reporter
 from lorasure.search import search as command
 from lorasure.search.measure import Measure
@@ -252,6 +253,14 @@ def test_a_retrained_model_gives_forget_quality_afterwards_and_chooses_nothing(s
     assert without["methods"]["plain"]["forget_quality"]["value"] is None
     assert found["chosen"]["scores"] == without["methods"]["plain"]["chosen"]["scores"]
     assert not any("forget_quality" in x["scores"] for x in lines(out))
+    resumed = SearchSettings(out=str(tmp_path / "without"), resume=True)
+    later = search(spec(**plain, reference=model), resumed)["methods"]["plain"]
+    assert later["forget_quality"] == found["forget_quality"]
+    other = tiny_llama(seed=7, initializer_range=0.9)
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(model).save_pretrained(tmp_path / "other")
+    changed = search(spec(**plain, reference=str(tmp_path / "other")), resumed)["methods"]["plain"]
+    assert changed["forget_quality"] != found["forget_quality"]
     evaluation = str(out / "retrained")
     again = search(spec(**plain, reference=evaluation), SearchSettings(out=str(tmp_path / "third")))
     assert again["methods"]["plain"]["forget_quality"] == found["forget_quality"]
@@ -259,6 +268,15 @@ def test_a_retrained_model_gives_forget_quality_afterwards_and_chooses_nothing(s
     with pytest.raises(DataError, match="cannot be compared"):  # before anything is trained or written
         search(spec(**plain, reference=evaluation), SearchSettings(out=str(tmp_path / "fourth")))
     assert not (tmp_path / "fourth").exists()
+
+
+def test_wrong_answers_count_only_where_every_row_brings_some(spec, out, tmp_path):
+    own = [row(i) | {"perturbed_answer": ["It is Bob.", "It is Cy."]} for i in range(6)]
+    for name, rows, offered in (("all", own, True), ("five", [*own[:5], own[5] | {"perturbed_answer": []}], False)):
+        write_rows(tmp_path / "forget.jsonl", rows)
+        path = spec(methods={"plain": {"init": "lora"}}, trials=1)
+        found = search(path, SearchSettings(out=f"{out}-{name}", trials_only=True))
+        assert ("truth_preference" in found["original"]) == offered, found["original"]
 
 
 def test_the_folder_is_one_search_only(spec, out, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from .evaluate.victim import AttackRows, Victim
 from .evaluating import check_base, load_change, tokenizer_hash
 from .finetune import trainable
 from .forward import base_of
-from .models import fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
+from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .outcome import ASSISTANT, change_files
 from .progress import Reporter
 from .registry import lookup
@@ -102,6 +102,11 @@ class _Bench:
         return cls(run, options, settings, tokenizer, **data)
 
     @property
+    def asked(self) -> str:
+        """The --dtype of the arithmetic, that of the run unless given."""
+        return self.options.dtype or self.settings.dtype
+
+    @property
     def weights(self) -> Path:
         """The (first) file of what the run hands over."""
         return self.run / change_files(self.run)[0]
@@ -126,9 +131,8 @@ class _Bench:
     def _victim(self, name: str, settings: ForgetSettings, change: Path | None) -> Victim:
         o = self.options
         device = pick_device(o.device)
-        asked = o.dtype or settings.dtype
 
-        def load(scale: float, dtype: str = asked) -> Any:
+        def load(scale: float, dtype: str = self.asked) -> Any:
             options = {"revision": settings.revision, "allow_pickle": settings.allow_pickle}
             model = load_model(settings.model, dtype=pick_dtype(dtype, device), device=device, **options)
             changed = load_change(model, change, scale) if change else model
@@ -136,7 +140,7 @@ class _Bench:
 
         def load_trainable() -> Any:
             # Small updates vanish in half-precision weights, as in finetune: what the run was made in does not count.
-            dtype = "float32" if o.relearn_rank is None and o.dtype in (None, "auto") else asked
+            dtype = "float32" if o.relearn_rank is None and o.dtype in (None, "auto") else self.asked
             if o.relearn_rank and change and change.name == ASSISTANT:
                 raise NotRun("a model with an assistant is relearnt with all weights only (no --relearn-rank)")
             return trainable(load(1.0, dtype), o.relearn_rank, 2.0 * (o.relearn_rank or 0), o.seed)
@@ -164,6 +168,7 @@ class _Bench:
                 "scored": list(rows.scored),
                 "few": list(rows.few),
             },
+            "dtype": dtype_name(pick_dtype(self.asked, pick_device(self.options.device))),
             "versions": artifacts.versions(),
         }
 
@@ -185,6 +190,7 @@ class _Bench:
 
 def _identity(settings: AttackSettings, about: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in settings.located().items() if key not in NOT_IDENTITY}
+    own["dtype"] = about["dtype"]
     files = {name: about[name] and about[name]["files"] for name in ("model", "retrained")}
     return (
         own

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from . import artifacts, folders, lora
-from .baselines.subtracted import load_assistant
+from .baselines.subtracted import Subtracted, load_assistant
 from .data.encode import resolved_template
 from .data.load import rows_hash
 from .errors import DataError
 from .evaluate.evaluation import ABOUT, HIDDEN, Evaluation, Record, RecordFile, check_comparable, write_scores
 from .evaluate.inside import layer_means
-from .evaluate.items import EvaluationSet, Subject, items
+from .evaluate.items import EvaluationSet, Subject, items, tokens_hash
 from .evaluate.logs import open_evaluation, write_log
 from .evaluate.metrics import Score
 from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings
@@ -32,7 +32,9 @@ from .progress import Reporter
 from .registry import lookup
 
 HIDDEN_ROWS = 100
-KEYS_OF_RUN = ("forget", "retain")  # settings that an evaluation of a run takes from it, unless given
+# Settings that an evaluation of a run takes from it, unless given: its rows, and how they are read and asked.
+KEYS_OF_RUN = ("forget", "retain")
+WITH_ROWS = ("template", "prompt_key", "answer_key", "text_key")
 NOT_IDENTITY = ("out", "overwrite", "resume", "json", "reference", "device", "tokens_per_batch")
 
 
@@ -75,7 +77,11 @@ def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
         return settings
     config = Path(settings.adapter) / artifacts.CONFIG
     stored = artifacts.read_yaml(config) if config.is_file() else {}
-    return replace(settings, **{key: getattr(settings, key) or stored.get(key) for key in KEYS_OF_RUN})
+    taken = {key: getattr(settings, key) or stored.get(key) for key in KEYS_OF_RUN}
+    if settings.forget is None:
+        usual = {f.name: f.default for f in fields(EvaluateSettings)}
+        taken |= {key: stored[key] for key in WITH_ROWS if key in stored and getattr(settings, key) == usual[key]}
+    return replace(settings, **taken)
 
 
 def change_folder(given: str) -> Path:
@@ -135,17 +141,22 @@ def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[Evaluatio
     return {
         "kind": "evaluation",
         "suite": settings.suite,
-        "split": settings.split,
+        "split": settings.split or SUITES[settings.suite].split,
         "model": subject.base,
         "adapter": adapter,
         "template": resolved_template(settings.template, subject.tokenizer)[0],
         "tokenizer": tokenizer_hash(subject.tokenizer),
         "dtype": dtype_name(base_of(subject.model).dtype),
-        "sets": {s.name: {"rows": len(s.rows), "sha256": rows_hash(s.rows)} for s in sets},
+        "sets": {s.name: _about_rows(subject, s) for s in sets},
         "borrowed": any("borrowed" in row.extra for s in sets for row in s.rows),
         "settings": located,
         "versions": artifacts.versions(),
     }
+
+
+def _about_rows(subject: Subject, chosen: EvaluationSet) -> dict[str, Any]:
+    tokens = tokens_hash(items(subject, chosen.rows, chosen.max_length)) if chosen.rows else None
+    return {"rows": len(chosen.rows), "sha256": rows_hash(chosen.rows), "tokens": tokens}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -155,7 +166,9 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def _identity(settings: EvaluateSettings, about: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in settings.located().items() if key not in NOT_IDENTITY}
+    own["dtype"] = about["dtype"]
     measured = {f"{name} rows": part["sha256"] for name, part in about["sets"].items()}
+    measured |= {f"{name} tokens": part["tokens"] for name, part in about["sets"].items()}
     adapter = about["adapter"] and about["adapter"]["sha256"]
     return own | measured | {"weights": about["model"]["files"], "adapter weights": adapter}
 
@@ -192,8 +205,10 @@ def measure(
 def keep_hidden(subject: Subject, sets: Sequence[EvaluationSet], folder: Path) -> dict[str, Any]:
     """hidden.safetensors: mean hidden states of the first rows of the sets `forget` and `retain`, per layer.
 
-    With an adapter, those without it as well.
+    With an adapter, those without it as well. None of a model with an assistant, whose states are the base's own.
     """
+    if isinstance(subject.model, Subtracted):
+        return {}
     kept: dict[str, torch.Tensor] = {}
     for chosen in [s for s in sets if s.name in ("forget", "retain")]:
         examples = [item.example for item in items(subject, chosen.rows[:HIDDEN_ROWS], chosen.max_length)]

@@ -66,15 +66,18 @@ def to_row(record: Any, source: str, line: int, layout: Layout) -> tuple[Row, st
 
 
 def wrong_answers(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows that bring wrong answers of their own (`perturbed_answer`, a list), each with the first of them."""
-    found = []
-    for row in rows:
-        wrong: Any = row.extra.get("perturbed_answer")
-        if wrong and not isinstance(wrong, list):
-            raise DataError(f"{row.place}: 'perturbed_answer' must be a list of wrong answers.")
-        if wrong:
-            found.append(replace(row, answer=str(wrong[0]), extra={}))
-    return tuple(found)
+    """The rows that bring wrong answers of their own, each with the first of them."""
+    return tuple(replace(row, answer=brought[0], extra={}) for row in rows if (brought := brought_wrong(row)))
+
+
+def brought_wrong(row: Row) -> list[str]:
+    """The wrong answers that a row brings, `perturbed_answer`; a table has null or nothing where a row has none."""
+    wrong: Any = row.extra.get("perturbed_answer")
+    if not wrong:
+        return []
+    if not isinstance(wrong, list) or None in wrong:
+        raise DataError(f"{row.place}: 'perturbed_answer' must be a list of wrong answers.")
+    return list(map(str, wrong))
 
 
 def _columns(record: Mapping[str, Any], layout: Layout, place: str) -> tuple[str, str, str]:

@@ -17,6 +17,7 @@ from ..data.encode import resolved_template
 from ..data.examples import Example, Row
 from ..data.load import encode_rows, takes
 from ..data.pairing import sample
+from ..errors import DataError
 from ..objective import learn, learn_steps
 from ..sites import all_sites, set_weight, weight
 from ..train import fit
@@ -66,6 +67,10 @@ def _paraphrase(victim: Victim) -> Points:
     rows = [asking(row, text) for row, text in asked if isinstance(text, str) and text.strip()]
     if not rows:
         raise NotRun("the forget rows have no column 'paraphrased_question'")
+    try:
+        _encoded(victim, rows)
+    except DataError as error:
+        raise NotRun(f"in other words, {error}") from error
     return {None: victim.measure(victim.plain, rows)}
 
 

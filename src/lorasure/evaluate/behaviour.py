@@ -120,20 +120,23 @@ def perplexity(nll: Floats, tokens: Floats, *, seed: int = 0) -> Score:
     """exp of the mean NLL over all tokens of all examples; `nll` (n,) in nats summed over each example's `tokens` (n,).
 
     Tokens weigh the same, so a long example weighs more. At least 1 where no log-probability is above 0. The bootstrap
-    resamples examples.
+    resamples examples. Undefined where the exponential is no finite number, as of a model that has run away; without
+    an interval where that of a draw is not.
     """
     total, count = finite_vector(nll, "nll"), finite_vector(tokens, "tokens")
     if total.shape != count.shape or (count <= 0).any():
         raise NumericError(f"perplexity: every one of {len(total)} examples needs a positive number of tokens.")
-    n = len(total)
+    n, mean = len(total), total.sum() / count.sum()
     try:
-        value = math.exp(total.sum() / count.sum())
+        value = math.exp(mean)
     except OverflowError:
-        raise NumericError(f"perplexity: {total.sum() / count.sum():.0f} nats per token is not a finite one.") from None
+        return Score(None, n, reason=f"{mean:.0f} nats per token have no finite exponential")
     if n == 1:
         return Score(value, n)
     rng = np.random.default_rng(seed)
     picks = (rng.integers(n, size=n) for _ in range(DRAWS))
-    with np.errstate(over="ignore"):  # a draw may overflow where the whole does not: its interval is then open above
+    with np.errstate(over="ignore"):
         draws = np.array([np.exp(total[pick].sum() / count[pick].sum()) for pick in picks])
+    if not np.isfinite(draws).all():
+        return Score(value, n)
     return Score(value, n, *interval(draws), draws=draws)

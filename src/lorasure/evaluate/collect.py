@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..data.examples import Example, collate, micro_batches
 from ..data.load import takes
@@ -168,8 +169,9 @@ def generate(
 ) -> list[tuple[str, int]]:
     """(text, number of tokens) of the model's answer to each prompt, batched, with a key-value cache.
 
-    Greedy, or as `sampling` (do_sample, temperature, num_return_sequences; then as many answers per prompt) says. An
-    answer ends where the model takes no more tokens; such prompts are answered one by one, so that none ends another's.
+    Greedy, or as `sampling` (do_sample, temperature, num_return_sequences; then as many answers per prompt) says, and
+    nothing else: what a model asks for besides (a penalty on repetitions, beams) would hide what it knows. An answer
+    ends where the model takes no more tokens; such prompts are answered one by one, so that none ends another's.
     """
     tokenizer, model = subject.tokenizer, base_of(subject.model)
     most = takes(model.config)
@@ -178,18 +180,23 @@ def generate(
     if new_tokens < generation.new_tokens and len(prompts) > 1:
         return [said for prompt in prompts for said in generate(subject, [prompt], generation, **sampling)]
     batch = collate(prompts, side="left").to(model.device)
-    generated = subject.model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=new_tokens,
-        use_cache=True,
-        pad_token_id=tokenizer.eos_token_id,
-        **({"do_sample": False} | sampling),
-    )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id)
+    try:
+        generated = subject.model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=new_tokens,
+            use_cache=True,
+            pad_token_id=tokenizer.eos_token_id,
+            **({"do_sample": False} | sampling),
+        )
+    finally:
+        model.generation_config = own
     found = []
     for ids in generated[:, batch.input_ids.shape[1] :].tolist():
-        own = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-        text = str(tokenizer.decode(own, skip_special_tokens=True))
+        said = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+        text = str(tokenizer.decode(said, skip_special_tokens=True))
         cut = min((at for stop in generation.stop if (at := text.find(stop)) >= 0), default=len(text))
-        found.append((text[:cut].strip(), len(own)))
+        found.append((text[:cut].strip(), len(said)))
     return found

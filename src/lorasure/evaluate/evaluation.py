@@ -107,6 +107,12 @@ def check_comparable(one: Evaluation, other: Evaluation) -> None:
         different = [row for x, y, row in ids if x is not None and y is not None and x != y]
         if different:
             raise DataError(f"{both}: row {different[0]} of set '{name}' is another one.")
+        a, b = (evaluation.about.get("sets", {}).get(name, {}).get("tokens") for evaluation in (one, other))
+        if a is not None and b is not None and a != b:
+            raise DataError(
+                f"{both}: the rows of set '{name}' are the same, but not their wrong answers or where they are cut "
+                "(perturbed_answer, paraphrased_answer, --seed, --max-length)."
+            )
 
 
 class RecordFile:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import ModelSettings
 from ..data.examples import Example, Row
 from ..data.load import encode_rows
-from ..errors import DataError
+from ..data.rows import brought_wrong
 
 UNCUT = 1 << 16  # tokens: nothing is cut
 
@@ -100,10 +100,9 @@ def items(subject: Subject, rows: Sequence[Row], max_length: int | None = None) 
     settings = replace(subject.settings, max_length=max_length) if max_length else subject.settings
     variants, sizes = [], []
     for row in rows:
-        wrong = row.extra.get("perturbed_answer", [])
-        if not isinstance(wrong, list):
-            raise DataError(f"{row.place}: 'perturbed_answer' must be a list of wrong answers.")
-        answers = [row.answer, str(row.extra.get("paraphrased_answer", row.answer)), *map(str, wrong)]
+        wrong = brought_wrong(row)
+        paraphrase = str(row.extra.get("paraphrased_answer") or "")
+        answers = [row.answer, paraphrase if paraphrase.strip() else row.answer, *wrong]
         # Without wrong answers there is nothing to compare a paraphrase with; running text has neither.
         variants += [replace(row, answer=answer) for answer in (answers if wrong else answers[:1])]
         sizes.append(len(answers) if wrong else 1)
@@ -119,6 +118,15 @@ def items(subject: Subject, rows: Sequence[Row], max_length: int | None = None) 
         for example in own:
             found.append(_item(len(found), row, example, others, subject.tokenizer))
     return found
+
+
+def tokens_hash(items: Sequence[Item]) -> str:
+    """sha256 over all that is measured of the items: what the ids of records leave out are wrong answers and cuts."""
+    digest = hashlib.sha256()
+    for item in items:
+        for example in (item.example, *([item.paraphrase] if item.paraphrase else []), *item.wrong):
+            digest.update(json.dumps([example.answer_start, *example.input_ids]).encode())
+    return digest.hexdigest()
 
 
 def _item(index: int, row: Row, example: Example, others: Sequence[Example], tokenizer: Any) -> Item:

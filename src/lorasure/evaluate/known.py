@@ -87,7 +87,7 @@ def known_scores(text: Sequence[Record], control: Sequence[Record], *, given: bo
     for name, p in tests.items():
         scores[name] = replace(scores[name], extra=scores[name].extra | {"p": p, "note": f"p = {p:.2g}"})
     value, said = _judged(scores, min(tests.values()) < LEVEL, given)
-    if comb(len(text) + len(control), len(text)) * LEVEL < 1:
+    if comb(len(text) + len(control), len(text)) < 1 / LEVEL:
         said += " So few rows cannot show a difference."
     words: dict[str, object] = {"text": said, "control": GIVEN if given else MADE}
     return scores | {

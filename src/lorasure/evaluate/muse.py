@@ -22,13 +22,14 @@ HOMES = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 LONGEST = 2048  # tokens of the published texts at most, so none of them is cut
 CONTINUED = Generation(128, stem=False, clip=True)
 ANSWERED = Generation(32, ("\n\n", "\nQuestion", "Question:"), stem=False)
+SPLIT = "news"  # unless another is named
 GENERATED = {"verbmem_forget": 0, "knowmem_forget": 1, "knowmem_retain": 2}  # bootstrap seeds: one per set
 TABLES = [suffix for suffix in READERS if suffix not in DOCUMENTS]
 
 
 def load(settings: SuiteSettings) -> list[EvaluationSet]:
     """The sets of --split from the hub, or from a folder of the same layout; lengths are the benchmark's own."""
-    home = lookup(HOMES, settings.split or "news", "--split")
+    home = lookup(HOMES, settings.split or SPLIT, "--split")
     data = settings.data or home
     rows = {"verbmem_forget": continuations(data)}
     rows |= {f"knowmem_{part}": questions(data, part) for part in ("forget", "retain")}

@@ -11,6 +11,7 @@ import numpy as np
 from ..data.examples import Row
 from ..data.load import layout
 from ..data.readers import check_disjoint, read_rows
+from ..data.rows import brought_wrong
 from ..errors import UsageError
 from .evaluation import Evaluation
 from .items import EvaluationSet, Generation
@@ -60,7 +61,7 @@ def with_wrong_answers(rows: Sequence[Row], seed: int) -> tuple[Row, ...]:
 
 
 def _with_others(row: Row, others: Sequence[str], seed: int) -> Row:
-    if row.kind == "text" or not others or "perturbed_answer" in row.extra:
+    if row.kind == "text" or not others or brought_wrong(row):
         return row
     draw = random.Random(f"{seed}/{row.prompt}/{row.answer}")
     wrong = draw.sample(others, min(WRONG_ANSWERS, len(others)))
@@ -71,10 +72,14 @@ def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Sco
     """All scores of the suite. Where wrong answers are borrowed, the scores that rest on them say so in `note`."""
     found = common_scores(evaluation, reference)
     if "holdout" in evaluation.sets:
-        sides = [membership_values(evaluation, reference, name) for name in ("forget", "holdout")]
+        names = ("forget", "holdout")
+        known = reference if reference and all(reference.has(name, "min_k") for name in names) else None
+        sides = [membership_values(evaluation, known, name) for name in names]
         found |= prefixed("membership", membership_scores(*sides))
-        retrained = reference and auc(*(membership_values(reference, None, n)["min_k"] for n in ("forget", "holdout")))
+        retrained = known and auc(*(np.array(known.column(name, "min_k")) for name in names))
         found["privleak"] = privleak(found["membership_min_k_auc"], retrained)
+        if reference and not known:
+            found["privleak"] = replace(found["privleak"], reason="the reference was evaluated without --holdout")
     for name, without in (("model_utility", []), ("model_utility_without_rouge", ["rouge"])):
         found[name] = Score(None, 0, reason="no rows to keep were given (--retain)")
         if "retain" in evaluation.sets:

@@ -18,7 +18,7 @@ from .table import MUSE, TOFU
 class Suite:
     """`load`: settings -> sets. `score`: records of a model, and of a retrained reference or None -> scores.
 
-    `collect`: what makes the records of a set, called as the one of collect.py.
+    `split`: the default of --split. `collect`: what makes the records of a set, called as the one of collect.py.
     """
 
     title: str
@@ -26,11 +26,12 @@ class Suite:
     load: Callable[[SuiteSettings], list[EvaluationSet]]
     score: Callable[[Evaluation, Evaluation | None], dict[str, Score]]
     collect: Callable[..., list[Record]] = collect
+    split: str | None = None
 
 
 SUITES = {
-    "tofu": Suite("TOFU: fictitious authors", TOFU, tofu.load, tofu.score),
-    "muse": Suite("MUSE: news and books", MUSE, muse.load, muse.score),
+    "tofu": Suite("TOFU: fictitious authors", TOFU, tofu.load, tofu.score, split=tofu.SPLIT),
+    "muse": Suite("MUSE: news and books", MUSE, muse.load, muse.score, split=muse.SPLIT),
     "wmdp": Suite("WMDP and MMLU: hazardous and general knowledge", wmdp.WMDP, wmdp.load, wmdp.score, wmdp.collect),
     "own": Suite("your own rows", None, own.load, own.score),
 }

@@ -31,6 +31,7 @@ from .representation import similarity
 from .settings import SuiteSettings
 
 HUB = "locuslab/TOFU"
+SPLIT = "forget10"  # unless another is named
 SPLITS = {"forget01": 40, "forget05": 200, "forget10": 400}  # rows of each
 KEPT = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
 FACTS = ("real_authors", "world_facts")  # sets whose probability is that of the answer among the answers offered
@@ -47,7 +48,7 @@ NO_REFERENCE = "no evaluation of a model trained without the forget set was give
 
 def load(settings: SuiteSettings) -> list[EvaluationSet]:
     """The sets of --split from the hub, or from a folder of the same files (forget05_perturbed.json, ...)."""
-    split = settings.split or "forget10"
+    split = settings.split or SPLIT
     lookup(SPLITS, split, "--split")
     files = {"forget": f"{split}_perturbed", **KEPT}
     generation = Generation(settings.new_tokens) if settings.generate else None

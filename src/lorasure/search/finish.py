@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from .. import artifacts, evaluating, folders, pipeline
 from ..config import ForgetSettings
-from ..evaluate.evaluation import SCORES
+from ..evaluate.evaluation import ABOUT, SCORES
 from ..evaluate.settings import EvaluateSettings
 from ..lock import queued
 from ..progress import Reporter
@@ -83,15 +84,30 @@ def _reference(spec: Spec, folder: Path, reporter: Reporter) -> str | None:
     """The evaluation of the retrained model, made if a model was given."""
     if spec.reference is None or not is_model(spec.reference):
         return spec.reference
-    _evaluation(replace(spec.evaluation, model=spec.reference, revision=None), folder / REFERENCE, reporter)
-    return str(folder / REFERENCE)
+    settings, out = replace(spec.evaluation, model=spec.reference, revision=None), folder / REFERENCE
+    if _of_another(out, settings, "model"):
+        for path in (
+            folder / EVALUATIONS
+        ).iterdir():  # first: they do not tell that this is another model
+            shutil.rmtree(path)
+        shutil.rmtree(out)
+    _evaluation(settings, out, reporter)
+    return str(out)
 
 
 def _evaluation(settings: EvaluateSettings, out: Path, reporter: Reporter) -> dict[str, Any]:
-    """Scores of an evaluation in `out`, which is made unless it is there."""
+    """Scores of an evaluation in `out`, which is made unless it is there with the same reference."""
+    if _of_another(out, settings, "reference"):
+        shutil.rmtree(out)
     if not (out / artifacts.MANIFEST).is_file():
         evaluating.evaluate_model(replace(settings, out=str(out), resume=_begun(out)), reporter)
     return artifacts.read_json(out / SCORES)
+
+
+def _of_another(out: Path, settings: EvaluateSettings, key: str) -> bool:
+    """Whether there is an evaluation whose model or reference (`key`) is another: a SPEC's reference may change."""
+    there = (out / artifacts.MANIFEST).is_file()
+    return there and artifacts.read_json(out / ABOUT)["settings"][key] != settings.located()[key]
 
 
 def write_trials(study: Study) -> None:

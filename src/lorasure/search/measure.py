@@ -11,7 +11,7 @@ from typing import Any
 from .. import artifacts, evaluating
 from ..data.examples import Row
 from ..data.pairing import sample
-from ..data.rows import wrong_answers
+from ..data.rows import brought_wrong, wrong_answers
 from ..errors import UsageError
 from ..evaluate.collect import EvaluationSet, Subject, collect
 from ..evaluate.evaluation import Evaluation
@@ -90,9 +90,10 @@ class Measure:
 
     @cached_property
     def _offered(self) -> list[Row]:
-        """The forget rows that bring wrong answers of their own."""
+        """The forget rows, if all of them bring wrong answers of their own."""
         [forget] = [s for s in self.sets if s.name == "forget"]
-        return [row for row in forget.rows if row.extra.get("perturbed_answer") and "borrowed" not in row.extra]
+        offered = [row for row in forget.rows if brought_wrong(row) and "borrowed" not in row.extra]
+        return offered if len(offered) == len(forget.rows) else []
 
     def to_be(self) -> Evaluation:
         """The evaluation that every trial will be, without what is measured."""
