@@ -58,17 +58,27 @@ def halves(row, tokenizer=PLAIN, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("template", "prompt"),
+    ("template", "prompt", "answer"),
     [
-        ("auto", "<s>Question: Who?\nAnswer: "),
-        ("qa", "<s>Question: Who?\nAnswer: "),
-        ("tofu-phi", "<s>Question: Who?\nAnswer: "),
-        ("tofu-llama2", "<s>[INST] Who? [/INST]"),
-        ("Q {x} {question}\n", "<s>Q {x} Who?\n"),
+        ("auto", "<s>Question: Who?\nAnswer: ", "Ada</s>"),
+        ("qa", "<s>Question: Who?\nAnswer: ", "Ada</s>"),
+        ("tofu-phi", "<s>Question: Who?\nAnswer:", " Ada</s>"),
+        ("tofu-llama2", "<s>[INST] Who? [/INST]", "Ada</s>"),
+        ("Q {x} {question}\n", "<s>Q {x} Who?\n", "Ada</s>"),
+        ("{question} A: ", "<s>Who? A:", " Ada</s>"),
     ],
 )
-def test_templates(template, prompt):
-    assert halves(qa(), template=template) == (prompt, "Ada</s>")
+def test_templates(template, prompt, answer):
+    assert halves(qa(), template=template) == (prompt, answer)
+
+
+@pytest.mark.parametrize("template", ["tofu-phi", "tofu-llama2", "Q: {question} A: "])
+def test_prompt_and_answer_are_tokenized_as_one_text(template):
+    """What a model is asked and says is one text to TOFU's code, and to all that has learnt to read."""
+    tokenizer = make_tokenizer(merges=[("Ġ", "A"), ("d", "a")])
+    (example,) = run(qa(), tokenizer, template=template).examples
+    text = TEMPLATES[template].text if template in TEMPLATES else template
+    assert list(example.input_ids) == [*tokenizer(text.replace("{question}", "Who?") + "Ada")["input_ids"], 1]
 
 
 def test_every_template_has_a_title_and_a_place_for_the_question():

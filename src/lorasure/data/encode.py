@@ -21,16 +21,20 @@ _QA = "Question: {question}\nAnswer: "
 
 @dataclass(frozen=True)
 class Template:
-    """`text` is the prompt, with `{question}` for the question; None leaves it to the tokenizer's chat template."""
+    """`text` is the prompt, with `{question}` for the question; None leaves it to the tokenizer's chat template.
+
+    `apart`: prompt and answer are tokenized one by one, so that a blank at the prompt's end is a token of its own.
+    """
 
     title: str
     text: str | None
+    apart: bool = False
 
 
 TEMPLATES = {
     "auto": Template("the tokenizer's chat template if it has one, else qa", None),
     "chat": Template("the tokenizer's chat template", None),
-    "qa": Template("Question: ... Answer: ...", _QA),
+    "qa": Template("Question: ... Answer: ...", _QA, apart=True),
     "tofu-phi": Template("TOFU's prompt for Phi models", _QA),
     "tofu-llama2": Template("TOFU's prompt for Llama 2 chat models", "[INST] {question} [/INST]"),
 }
@@ -103,8 +107,11 @@ def encode(
 ) -> Encoded:
     """Tokenize rows, each by its kind.
 
-    `qa`: the template's prompt, then the answer and end of text, tokenized apart, as in TOFU. With a chat template:
-    its prompt, the answer, and what it puts after the answer. `chat`: the same, always by the chat template.
+    `qa`: the template's prompt, then the answer and end of text. By the templates of TOFU (arXiv 2401.06121) and those
+    of the user both are tokenized as one text, as TOFU's code does: a blank before the answer belongs to its first
+    token. TOFU counts the tokens of "Answer:" in the loss of Phi models too; here they are the prompt's, as an attack
+    or a generated answer begins behind them. With a chat template: its prompt, the answer, and what it puts after the
+    answer. `chat`: the same, always by the chat template.
     `completion`: prompt and answer joined as they are, then end of text. `text`: windows of `max_length` tokens, each
     with `stride` new ones (default: half of them) and the rest as context without loss, so that every token but the
     very first has its loss once; end of text closes the last.
@@ -129,7 +136,7 @@ def encode(
         if row.kind == "text":
             found = _windows(row, tokenizer, most, stride or most // 2, limit)
         else:
-            prompt, answer = _parts(row, tokenizer, text)
+            prompt, answer = _parts(row, tokenizer, text, apart=name in TEMPLATES and TEMPLATES[name].apart)
             found = [_cut(row, prompt, answer, most, limit)]
             truncated += [row.place] * (len(prompt) + len(answer) > most)
         examples += found
@@ -164,15 +171,20 @@ def resolved_template(template: str, tokenizer: PreTrainedTokenizerBase) -> tupl
     return template, TEMPLATES[template].text
 
 
-def _parts(row: Row, tokenizer: PreTrainedTokenizerBase, text: str | None) -> tuple[list[int], list[int]]:
+def _parts(
+    row: Row, tokenizer: PreTrainedTokenizerBase, text: str | None, *, apart: bool
+) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the answer with its end."""
     if row.kind == "completion":
         prompt, answer = _joined(tokenizer, row.prompt, row.answer, special=True)
     elif row.kind == "chat" or text is None:
         return _chat(row, tokenizer)
+    elif apart:
+        prompt, answer = _ids(tokenizer, text.replace(QUESTION, row.prompt), special=True), _ids(tokenizer, row.answer)
     else:
-        prompt = _ids(tokenizer, text.replace(QUESTION, row.prompt), special=True)
-        answer = _ids(tokenizer, row.answer)
+        asked = text.replace(QUESTION, row.prompt)
+        head = asked.rstrip(" ")
+        prompt, answer = _joined(tokenizer, head, asked[len(head) :] + row.answer, special=True)
     return prompt, [*answer, _end(tokenizer)]
 
 
