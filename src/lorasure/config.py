@@ -157,7 +157,7 @@ class ImportanceSettings(SiteSettings):
     retain_rows: int | None = option(
         None, "retain rows to measure on, drawn without replacement (default: as many as forget rows)", low=1
     )
-    compat: str | None = option(None, "paper-code: reproduce the arithmetic of the public FILA and VILA scripts")
+    compat: str | None = option(None, "paper-code: the public scripts' importance (their start: --split published)")
     importance: str | None = option(
         None, "reuse the importance of this earlier run (same model, data and settings)", path=True
     )
