@@ -18,6 +18,7 @@ from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.models import DTYPES
 from lorasure.schedule import SCHEDULES
+from lorasure.workbench import check_names
 
 NEEDED = {"model": "m", "forget": "f", "retain": "r", "out": "o"}
 ALL = [ForgetSettings, FinetuneSettings, DemoSettings]
@@ -104,6 +105,30 @@ def test_settings_are_frozen_and_required_fields_stay_required():
     assert {f.name for f in fields(ForgetSettings) if f.default is MISSING} == set(NEEDED)
     with pytest.raises(TypeError):
         ForgetSettings(model="m")
+
+
+BY_IMPORTANCE = {"fila", "vila", "expila", "absila", "sketch"}
+NOT_ZERO = BY_IMPORTANCE | {"pissa", "reglu", "inputs"}
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_what_a_start_makes_no_use_of_is_refused(init, tmp_path):
+    """A run would record it as if it had been used. What the start does by itself may be said."""
+    for name, given, users in (
+        ("importance", str(tmp_path), BY_IMPORTANCE),
+        *(("solver", solver, BY_IMPORTANCE | ({init} if solver == "rows" else set())) for solver in SOLVERS),
+        *(("split", split, NOT_ZERO | ({init} if split == INITS[init].split else set())) for split in SPLITS),
+    ):
+        settings = ForgetSettings(**NEEDED, init=init, **{name: given})
+        if init in users:
+            check_names(settings)
+            continue
+        with pytest.raises(UsageError, match=f"^--{name} {given}: --init {init} makes no use of it; choose") as refused:
+            check_names(settings)
+        named = str(refused.value).split("choose --init ")[1].replace(",", " ").rstrip(".").split()
+        assert set(named) & INITS.keys() == users and ("--coverage" in named) == (name == "importance")
+    ranked = {"coverage": 0.5, "score": "variance", "space": "lora"}
+    check_names(ForgetSettings(**NEEDED, init=init, importance=str(tmp_path), **ranked))
 
 
 def test_defaults():

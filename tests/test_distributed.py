@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_llama
-from lorasure import artifacts, cli, processes
+from lorasure import artifacts, cli, models, processes
 from lorasure.errors import ResourceError, UsageError
 from lorasure.memory import within_memory
 
@@ -178,6 +178,27 @@ def test_what_cannot_be_shared_out_is_refused(of_three, model_folder, data_files
     of_three.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UsageError, match=r"DeepSpeed is not supported.*fsdp2\.yaml"), processes.joined():
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu"), ("xpu", None)]
+)
+def test_each_process_takes_an_accelerator_of_its_own(monkeypatch, name, found):
+    """All would share the first one otherwise. A number that the user gave stays."""
+    monkeypatch.setattr(models.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(models.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(models.torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    alone = torch.device("cuda" if name == "auto" else name)
+    if found:
+        assert models.pick_device(name) == alone
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if found:
+        assert models.pick_device(name) == torch.device(found)
+    monkeypatch.setenv("LOCAL_RANK", "2")  # a process more than there are accelerators
+    if found == "cuda:1" or not found:
+        with pytest.raises(UsageError, match=f"--device {name}: there is no such device here"):
+            models.pick_device(name)
 
 
 @pytest.mark.parametrize(("gpu", "backend"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])

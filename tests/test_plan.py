@@ -21,6 +21,7 @@ from lorasure.footprint import HEAP, by_stage, peak
 from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
+from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.objective import ForgetSteps
 from lorasure.prefix import Prefix
 from lorasure.stages import Start
@@ -194,6 +195,16 @@ def test_what_does_not_fit_is_refused_before_the_start_with_what_would_do(settin
     given = ["--model", settings.model, "--forget", settings.forget, "--retain", settings.retain]
     assert main(["plan", *given]) == ResourceError.exit_code
     assert capsys.readouterr().err.startswith(f"lorasure: --model {settings.model}: ")
+
+
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_nothing_is_loaded_before_the_model_is_known_to_fit(settings, monkeypatch, loss):
+    """Whatever the loss wants besides the answers: weights that are there already would be counted twice."""
+    monkeypatch.setattr(workbench, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(fitting, "free_memory", lambda device: {"host": 1000})
+    for command in (pipeline.forget, plan.plan):
+        with pytest.raises(ResourceError, match="These help together"):
+            command(replace(settings, loss=loss))
 
 
 def test_a_stage_alone_needs_room_for_itself_only(settings, monkeypatch):

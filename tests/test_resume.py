@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,8 @@ from lorasure import (
     train_stage,
     workbench,
 )
-from lorasure.config import PER_CALL, FinetuneSettings, ForgetSettings
+from lorasure.cli import COMMANDS
+from lorasure.config import PER_CALL, FinetuneSettings, ForgetSettings, OutSettings
 from lorasure.errors import DataError, NumericError, ResourceError, UsageError
 from lorasure.importance import collect
 from lorasure.init import apply
@@ -440,6 +441,10 @@ def test_a_log_that_went_on_after_the_checkpoint_is_cut_to_it(again):
 
 # --- what may not change ----------------------------------------------------------------------------------------------
 
+GROUPED = {
+    name: [{"question": f"Who, {name} {i}?", "answer": f"Person {i * 7}.", "group": "ab"[i % 2]} for i in range(6)]
+    for name in ("forget", "retain")
+}
 OTHER = {
     "revision": "main",
     "dtype": "bfloat16",
@@ -496,7 +501,7 @@ def test_changed_settings_rows_weights_and_versions_are_refused(again, interrupt
     shutil.copy(options["retain"], more)
     with more.open("a") as file:
         file.write('{"question": "new?", "answer": "row"}\n')
-    with pytest.raises(UsageError, match=r"\(retain_rows: "):
+    with pytest.raises(UsageError, match=r"\(retain_text: .*; retain_tokens: "):
         go(retain=str(more))
     tiny_llama(seed=5).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -522,13 +527,90 @@ def test_a_dtype_that_auto_takes_elsewhere_is_a_change(files, tmp_path, monkeypa
         stop_in(patch, train, "_step", call=2)
         command(make(**settings, checkpoint_every=1))
     real = models.pick_dtype
-    for module in (workbench, finetune):
+    for module in (workbench, pipeline, finetune):
         monkeypatch.setattr(module, "pick_dtype", lambda name, _: real(name.replace("auto", "bfloat16"), None))
     if kind != "finetune all":
         with pytest.raises(UsageError, match=r"\(dtype: float32 -> bfloat16\)"):
             command(make(**settings, resume=True))
         settings["dtype"] = "float32"  # what it was, by its name
     command(make(**settings, resume=True))
+
+
+@pytest.mark.parametrize("command", [name for name, c in COMMANDS.items() if issubclass(c.settings, OutSettings)])
+def test_nothing_in_an_identity_hides_behind_another_name(files, command):
+    """Settings, data and base have a name each, whatever the command."""
+    bench = workbench.Workbench(ForgetSettings(**files, out="x"))
+    known, kind = files | {"data": "x", "out": "x"}, COMMANDS[command].settings
+    settings = kind(**{f.name: known[f.name] for f in fields(kind) if f.default is MISSING})
+    sets = ("forget", "retain", "unseen", "data")
+    found = pipeline.identity(settings, dict.fromkeys(sets, bench.data[0]), bench.fingerprint)
+    paths = {f.name for f in fields(settings) if f.metadata.get("path")}
+    own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
+    assert found.items() >= (own | {"dtype": "float32"}).items()
+    assert len(found) == len(own) + 2 * len(sets) + 2 + len(artifacts.versions())
+
+
+def test_another_number_of_retain_rows_is_refused_and_another_retain_set_may_be(again, interrupted, tmp_path):
+    """Both were one name once, so that only the set's hash was compared, and to allow it was refused as settled."""
+    with pytest.raises(UsageError, match=r"\(retain_rows: None -> 3\)"):
+        again[1](retain_rows=3)
+    rows = [{"question": f"Who is other {i}?", "answer": f"It is person {i * 7}."} for i in range(10)]
+    other = interrupted[1] | {"retain": str(write_rows(tmp_path / "other.jsonl", rows))}
+    settings = ForgetSettings(**other, out=str(tmp_path / "again"), resume=True)
+    with pytest.raises(UsageError, match="--allow-change retain_text,retain_tokens") as refused:
+        pipeline.forget(settings)
+    allowed = str(refused.value).split("--allow-change ")[1].rstrip(".")
+    changed = pipeline.forget(replace(settings, allow_change=allowed)).summary["changed"]
+    assert [change["key"] for change in changed] == ["retain_text", "retain_tokens"]
+
+
+def swap_groups(model, forget):
+    rows = [json.loads(line) for line in forget.read_text().splitlines()]
+    write_rows(forget, [row | {"group": "ab"[row["group"] == "a"]} for row in rows])
+
+
+def put_a_chat_template(model, forget):
+    text = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(text)
+
+
+def change_the_configuration(model, forget):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "said"),
+    [
+        (swap_groups, "forget_tokens", "--forget .*: its tokens or groups have changed since"),
+        (put_a_chat_template, "forget_tokens", "--forget .*: its tokens or groups have changed since"),
+        (change_the_configuration, "model_config", r"--model .*: its config\.json has changed since"),
+    ],
+    ids=["groups", "chat template", "configuration"],
+)
+def test_what_decides_tokens_pairs_or_the_model_may_not_change(settings, tmp_path, monkeypatch, change, key, said):
+    """Between stop and resume, nor between one stage and the next; the rows and the weights stay as they are."""
+    grouped = {name: write_rows(tmp_path / f"{name}.jsonl", GROUPED[name]) for name in GROUPED}
+    model = tmp_path / "model"
+    shutil.copytree(settings().model, model)
+    options = {"model": str(model), "pairing": "modular"} | {name: str(path) for name, path in grouped.items()}
+    before = {path: path.read_bytes() for path in (*grouped.values(), model / "config.json")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=4)
+        pipeline.forget(settings(**options, checkpoint_every=1))
+    change(model, grouped["forget"])
+    with pytest.raises(UsageError, match=rf"--resume: not the run that was interrupted \({key}: "):
+        pipeline.forget(settings(**options, resume=True))
+    for path, content in before.items():
+        path.write_bytes(content)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    run = pipeline.forget(settings(**options, resume=True)).folder
+    assert outcome(run) == outcome(pipeline.forget(settings("undisturbed", **options)).folder)
+    change(model, grouped["forget"])
+    for command in (pipeline.train_command, pipeline.export_command):
+        with pytest.raises(DataError, match=said):
+            command(run, settings(**options, overwrite=True))
+    folders.verify(run)
 
 
 def test_moved_data_and_model_are_the_same_run(again, interrupted, tmp_path):
@@ -559,7 +641,8 @@ def test_what_is_asked_for_only_when_resumed_begins_there(interrupted, tmp_path)
     unseen = str(
         write_rows(tmp_path / "unseen.jsonl", [{"question": "Who?", "answer": f"Nobody {i}."} for i in range(4)])
     )
-    more = {"min_utility": 0.5, "stop": "auto", "unseen": unseen, "allow_change": "min_utility,stop,unseen_rows"}
+    allowed = "min_utility,stop,unseen_text,unseen_tokens"
+    more = {"min_utility": 0.5, "stop": "auto", "unseen": unseen, "allow_change": allowed}
     found = pipeline.forget(ForgetSettings(**options | more, out=str(tmp_path / "again"), resume=True)).summary
     assert found["resumed"] == [{"stage": "train", "step": 4}]
     assert [step for step, _ in found["utility"]["shares"]] == [0, STEPS]

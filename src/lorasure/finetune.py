@@ -16,12 +16,13 @@ from .init.apply import INITS, Evidence, Request, initialise
 from .memory import note_guard
 from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .objective import learn, learn_steps
+from .pipeline import allowed_changes, identity
 from .progress import Reporter
 from .registry import lookup
 from .schedule import SCHEDULES
 from .sites import all_sites
 from .train_stage import logged_fit
-from .workbench import allowed_changes, check_template, identity
+from .workbench import check_template
 
 
 def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Path:
@@ -53,7 +54,7 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     budget = pick_token_budget(settings.tokens_per_batch, device)
     about = data.about()
     base = fingerprint(model, settings.model)
-    own = identity(replace(settings, dtype=dtype_name(dtype)), {"data": about["sha256"]}, base["files"])
+    own = identity(replace(settings, dtype=dtype_name(dtype)), {"data": data}, base)
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
     with folders.resumable_folder(out, own, allow_change=allowed_changes(settings), **options) as folder:
         kept = {name: value for name, value in settings.located().items() if name not in PER_CALL}

@@ -30,7 +30,7 @@ def footprint(bench: Workbench) -> Footprint:
     model = load_shapes(s.model, s.revision, s.allow_pickle)
     sites = bench.sites_of(model)
     shapes = Shapes.of(model, sites, bench.dtype)
-    objective = bench.objective()
+    objective = bench.objective(bigrams=False)
     steps = run_steps(objective, s)  # of all epochs: in each other retain rows may be met
     rows = [_rows(max(unit.sequences, key=len) for unit in step for _ in unit.sequences) for step in steps]
     measured = [*bench.data[0].examples, *bench.measured_retain]

@@ -25,7 +25,7 @@ from .answer_rows import find_free_layers
 from .artifacts import exists, sha256
 from .errors import DataError, LorasureError, NumericError, ResourceError, UsageError
 from .layers import decoder_layers
-from .model_files import commit, locate, weight_files
+from .model_files import CONFIG, commit, locate, weight_files
 from .norms import fuse_norms
 from .packing import find_packing
 from .registry import lookup
@@ -37,16 +37,17 @@ SAME = 0.02  # of the largest logit: above the rounding of any dtype, below what
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the accelerator when there is one, else the CPU."""
+    """`auto` is the accelerator when there is one, else the CPU.
+
+    An accelerator without a number is, in one of several processes on a machine, that process's own.
+    """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto" and found and (local := os.environ.get("LOCAL_RANK")):
-        return torch.device(found.type, int(local))  # one of several processes: each has its own
-    if name == "auto":
-        return found or torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = (found or torch.device("cpu")) if name == "auto" else torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device must be auto, cpu, cuda, cuda:N or mps, got '{name}'.") from error
+    if found and device == torch.device(found.type) and (local := os.environ.get("LOCAL_RANK")):
+        device = torch.device(found.type, int(local))
     here = found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
     if device.type != "cpu" and not here:
         raise UsageError(f"--device {name}: there is no such device here.")
@@ -215,8 +216,13 @@ def _reason(error: Exception) -> str:
 
 
 def fingerprint(model: PreTrainedModel, source: str) -> dict[str, Any]:
-    """What identifies the base: its name, hub commit if known, the sha256 of its weight files, how they are held."""
+    """What identifies the base: its name, hub commit if known, the sha256 of its weight files, how they are held.
+
+    That of its configuration stands apart: two models with the same weights are the same base, while a run that is
+    continued must find the configuration as it was too.
+    """
     folder = Path(model.name_or_path or source)
+    config = folder / CONFIG
     held = getattr(model.config, "quantization_config", None)
     return {
         "source": source,
@@ -225,4 +231,5 @@ def fingerprint(model: PreTrainedModel, source: str) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "quantize": held.quantization_method() if isinstance(held, BitsAndBytesConfig) else None,
         "files": {p.name: sha256(p) for p in weight_files(folder, allow_pickle=True)},
+        "config": sha256(config) if config.is_file() else None,
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,12 +19,16 @@ from .config import (
     ForgetSettings,
     ImportanceSettings,
     InitSettings,
+    OutSettings,
     Settings,
     TrainSettings,
     flag,
 )
+from .data.load import DataSet, rows_hash, tokens_hash
 from .errors import DataError, UsageError
 from .fitting import fit_memory
+from .model_files import CONFIG
+from .models import dtype_name, pick_device, pick_dtype
 from .progress import Reporter
 from .stages import (
     Start,
@@ -33,7 +39,7 @@ from .stages import (
     update_summary,
 )
 from .train_stage import attach_start, train_adapter
-from .workbench import Workbench, allowed_changes, identity
+from .workbench import Workbench
 
 ANY_TIME = PER_CALL | {"device", "tokens_per_batch"}  # settings that no result depends on
 SETTLED = {  # by these files
@@ -173,13 +179,12 @@ def _own_place(settings: ForgetSettings) -> Iterator[ForgetSettings]:
 def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterator[Path]:
     """The folder of a run, new or interrupted; `carry`: files that a new version of the run at `out` starts from."""
     s = bench.settings
-    parts = {"forget": bench.data[0], "retain": bench.data[1]} | ({"unseen": bench.unseen} if bench.unseen else {})
-    rows = {name: part.about()["sha256"] for name, part in parts.items()}
+    data = {"forget": bench.data[0], "retain": bench.data[1]} | ({"unseen": bench.unseen} if bench.unseen else {})
     allowed = allowed_changes(s)
     _check_unsettled(folders.partial_of(out), allowed)
     with folders.resumable_folder(
         out,
-        identity(s, rows, bench.fingerprint["files"]),
+        identity(s, data, bench.fingerprint),
         resume=s.resume,
         overwrite=s.overwrite,
         carry=carry,
@@ -226,13 +231,18 @@ def _reopen(
     fit_memory(bench, stage)
     bench.prepare()
     with artifacts.as_written(run):
-        rows = {name: about["sha256"] for name, about in artifacts.read_json(run / artifacts.DATA).items()}
-        files = artifacts.read_json(run / artifacts.SUMMARY)["base"]["files"]
-    for name, part in zip(("forget", "retain"), bench.data, strict=True):
-        if part.about()["sha256"] != rows.get(name):
-            raise DataError(f"--{name} {part.source}: the rows have changed since {run} was made; start a new run.")
-    if bench.fingerprint["files"] != files:
-        raise DataError(f"--model {settings.model}: the weights have changed since {run} was made; start a new run.")
+        data, base = artifacts.read_json(run / artifacts.DATA), artifacts.read_json(run / artifacts.SUMMARY)["base"]
+        checks = [
+            (f"--model {settings.model}: the weights have", bench.fingerprint["files"], base["files"]),
+            (f"--model {settings.model}: its {CONFIG} has", bench.fingerprint["config"], base["config"]),
+        ]
+        for name, part in zip(("forget", "retain"), bench.data, strict=True):
+            where, now, before = f"--{name} {part.source}", part.about(), data[name]
+            checks.append((f"{where}: the rows have", now["sha256"], before["sha256"]))
+            checks.append((f"{where}: its tokens or groups have", now["tokens_sha256"], before["tokens_sha256"]))
+    for what, now, before in checks:
+        if now != before:
+            raise DataError(f"{what} changed since {run} was made; start a new run.")
     return bench
 
 
@@ -249,3 +259,29 @@ def write_inputs(bench: Workbench, run: Path, given: Settings | None = None) -> 
     known |= artifacts.read_json(run / artifacts.IDENTITY) if (run / artifacts.IDENTITY).is_file() else {}
     kept = {name: known.get(name, []) for name in ("guards", "changed")}
     update_summary(run, {"base": bench.fingerprint, "settings": settings, **kept})
+
+
+def identity(settings: OutSettings, data: Mapping[str, DataSet], base: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a result depends on, flat, under the names that --allow-change takes: for `folders.resumable_folder`.
+
+    Paths are left out: hashes of each set of `data` and of the files of the `base` (its fingerprint) say what is in
+    them, under names that no setting has. Of a library's version, the major number, or 0.minor; of --dtype auto, what
+    it is here.
+    """
+    paths = {f.name for f in fields(settings) if f.metadata.get("path")}
+    own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
+    own["dtype"] = dtype_name(pick_dtype(own["dtype"], pick_device(own["device"])))
+    text = {f"{name}_text": rows_hash(part.read.rows) for name, part in data.items()}
+    tokens = {f"{name}_tokens": tokens_hash(part.examples) for name, part in data.items()}
+    weights = hashlib.sha256(json.dumps(base["files"], sort_keys=True).encode()).hexdigest()
+    versions = {f"{name}_version": _major(version) for name, version in artifacts.versions().items()}
+    return own | text | tokens | {"weights": weights, "model_config": base["config"]} | versions
+
+
+def _major(version: str) -> str:
+    return ".".join(version.split(".")[: 1 + version.startswith("0.")])
+
+
+def allowed_changes(settings: OutSettings) -> list[str]:
+    """The names in --allow-change, as flags or as settings."""
+    return [name for part in settings.allow_change.split(",") if (name := part.strip().lstrip("-").replace("-", "_"))]

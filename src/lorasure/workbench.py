@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import artifacts, lora, processes
-from .config import AUTO, PER_CALL, ForgetSettings, OutSettings
+from .config import AUTO, ForgetSettings
 from .data.encode import QUESTION, TEMPLATES, refusal_rows
 from .data.examples import Example
 from .data.load import DataSet, encode_rows, load_data, load_unseen, rows_hash
@@ -204,13 +201,16 @@ class Workbench:
         rows = refusal_rows(self.data[0].read.rows, seed=self.settings.seed)
         return encode_rows(rows, self.settings, self.tokenizer).examples
 
-    def objective(self) -> ForgetObjective:
-        """The forget and retain loss over the data, with what the forget loss wants besides."""
+    def objective(self, *, bigrams: bool = True) -> ForgetObjective:
+        """The forget and retain loss over the data, with what the forget loss wants besides.
+
+        `bigrams` False: without these, for who asks about its steps alone; to know the vocabulary the model is loaded.
+        """
         forget, retain = self.data
         function, retain_function = loss_functions(self.settings)
-        bigrams = self.bigrams if "bigrams" in needs(function) else None
+        found = self.bigrams if bigrams and "bigrams" in needs(function) else None
         refusals = self.refusals if "refusals" in needs(function) else ()
-        return ForgetObjective(forget.examples, retain.examples, refusals, function, retain_function, bigrams)
+        return ForgetObjective(forget.examples, retain.examples, refusals, function, retain_function, found)
 
 
 def _patterns(text: str) -> list[str]:
@@ -275,26 +275,21 @@ def check_names(settings: ForgetSettings) -> None:
         )
     if settings.importance and not Path(settings.importance).is_dir():
         raise UsageError(f"--importance {settings.importance}: there is no such run folder.")
+    _check_used(settings, init)
 
 
-def identity(settings: OutSettings, rows: Mapping[str, str], weights: Any) -> dict[str, Any]:
-    """All that a result depends on, flat, under the names that --allow-change takes: for `folders.resumable_folder`.
-
-    Paths are left out: `rows` (set -> sha256) and `weights` (the base's files) say what is in them. Of a library's
-    version, the major number, or 0.minor; of --dtype auto, what it is here.
-    """
-    paths = {f.name for f in fields(settings) if f.metadata.get("path")}
-    own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
-    own["dtype"] = dtype_name(pick_dtype(own["dtype"], pick_device(own["device"])))
-    digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-    versions = {f"{name}_version": _major(version) for name, version in artifacts.versions().items()}
-    return own | {f"{name}_rows": value for name, value in rows.items()} | {"weights": digest} | versions
-
-
-def _major(version: str) -> str:
-    return ".".join(version.split(".")[: 1 + version.startswith("0.")])
-
-
-def allowed_changes(settings: OutSettings) -> list[str]:
-    """The names in --allow-change, as flags or as settings."""
-    return [name for part in settings.allow_change.split(",") if (name := part.strip().lstrip("-").replace("-", "_"))]
+def _check_used(settings: ForgetSettings, init: Init) -> None:
+    """What this start would ignore is refused: the run would record it as if it had been used."""
+    s = settings
+    weighted = [name for name, row in INITS.items() if row.evidence == "importance"]
+    divided = [name for name, row in INITS.items() if row.compensated]
+    for name, given, starts, more in (
+        ("importance", s.importance and s.coverage == 1, weighted, ", or --coverage below 1"),
+        ("solver", s.solver != ForgetSettings.solver, weighted, ""),
+        ("split", s.split not in (None, init.split), divided, ""),
+    ):
+        if given and s.init not in starts:
+            choices = f"{', '.join(starts[:-1])} or {starts[-1]}{more}"
+            raise UsageError(
+                f"--{name} {getattr(s, name)}: --init {s.init} makes no use of it; choose --init {choices}."
+            )

@@ -9,11 +9,11 @@ from typing import Any
 
 from .. import artifacts, folders
 from ..config import ForgetSettings, OutSettings
-from ..pipeline import Result, write_inputs
+from ..pipeline import Result, allowed_changes, identity, write_inputs
 from ..progress import Reporter
 from ..registry import lookup
 from ..stages import update_summary
-from ..workbench import Workbench, allowed_changes, identity
+from ..workbench import Workbench
 from . import ssd, task_arithmetic, uld
 from .common import probabilities
 
@@ -73,8 +73,7 @@ def run_baseline(name: str, settings: OutSettings, reporter: Reporter | None = N
     folders.check_new(out, settings.overwrite, settings.resume)
     bench = Workbench(_shared(settings, row.fixed), reporter)
     bench.prepare()
-    rows = {name: part.about()["sha256"] for name, part in zip(("forget", "retain"), bench.data, strict=True)}
-    own = identity(settings, rows, bench.fingerprint["files"])
+    own = identity(settings, dict(zip(("forget", "retain"), bench.data, strict=True)), bench.fingerprint)
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": bench.reporter.note}
     with folders.resumable_folder(out, own, allow_change=allowed_changes(settings), **options) as run:
         write_inputs(bench, run, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,11 @@ class DataSet:
         return self.encoded.examples
 
     def about(self) -> dict[str, Any]:
-        """Counts, places of what was left out or cut, and a hash; never the text."""
+        """Counts, places of what was left out or cut, and hashes; never the text."""
         return {
             "source": self.source,
             "sha256": rows_hash(self.read.rows),
+            "tokens_sha256": tokens_hash(self.examples),
             **self.read.counts(),
             **self.encoded.counts(),
             "skipped_rows": [list(item) for item in self.read.skipped],
@@ -57,9 +58,21 @@ class DataSet:
 
 def rows_hash(rows: Sequence[Row]) -> str:
     """sha256 over prompts, messages and answers, in order."""
+    return _hash([row.kind, row.prompt, row.messages, row.answer] for row in rows)
+
+
+def tokens_hash(examples: Iterable[Example]) -> str:
+    """sha256 over all that training sees of examples, in order: tokens, where the answer begins, groups.
+
+    Rows that stay the same give others where the tokenizer or its chat template has changed.
+    """
+    return _hash([e.input_ids, e.answer_start, e.group] for e in examples)
+
+
+def _hash(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.kind, row.prompt, row.messages, row.answer]).encode())
+    for value in values:
+        digest.update(json.dumps(value).encode())
     return digest.hexdigest()
 
 

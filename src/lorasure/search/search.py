@@ -21,8 +21,8 @@ from ..failures import explained
 from ..interrupt import sigterm_unwinds
 from ..lock import PAUSE, queued
 from ..model_files import check_model_folder
+from ..pipeline import identity
 from ..progress import Reporter
-from ..workbench import identity
 from .finish import BEST, EVALUATIONS, finish, is_model, write_trials
 from .read import read_spec
 from .settings import SearchSettings
@@ -114,10 +114,10 @@ def _open(runner: Runner, resume: bool) -> None:
 def _identity(runner: Runner) -> dict[str, Any]:
     """All that the trials depend on, flat. Paths are left out: hashes say what is in them."""
     spec = runner.spec
-    rows = {name: rows_hash(part.read.rows) for name, part in zip(("forget", "retain"), runner.bench.data, strict=True)}
+    data: dict[str, Any] = dict(zip(("forget", "retain"), runner.bench.data, strict=True))
     found: dict[str, Any] = {f"evaluation.{s.name}": rows_hash(s.rows) for s in runner.measure.sets}
     for name, method in spec.methods.items():
-        own = identity(method.settings, rows, runner.bench.fingerprint["files"])
+        own = identity(method.settings, data, runner.bench.fingerprint)
         found |= {f"{name}.{key}": value for key, value in own.items() if key not in method.ranges}
         for key, r in method.ranges.items():
             found[f"{name}.{key}"] = list(r.choices) or f"{r.low} to {r.high}, log: {r.log}"
