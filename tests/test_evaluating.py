@@ -95,6 +95,13 @@ def test_what_a_model_asks_for_besides_does_not_change_what_it_says(subject: Sub
     assert subject.model.generation_config is own and own.repetition_penalty == 3.0
 
 
+def test_the_question_of_a_chat_is_what_was_said_last(subject: Subject) -> None:
+    said = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"})
+    subject.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    row = Row("", "Ann.", "made", 1, kind="chat", messages=said)
+    assert [item.question for item in items(subject, [row])] == ["Who?"]
+
+
 def test_an_empty_cell_is_no_answer(subject: Subject) -> None:
     """Parquet has null where a row has no paraphrase or no wrong answers, CSV an empty text."""
     [row] = made(1)

@@ -131,6 +131,8 @@ def tokens_hash(items: Sequence[Item]) -> str:
 
 def _item(index: int, row: Row, example: Example, others: Sequence[Example], tokenizer: Any) -> Item:
     question, answer, said = row.prompt, row.answer, json.dumps([row.kind, row.prompt, row.messages, row.answer])
+    if row.messages:
+        question = row.messages[-1]["content"]
     if row.kind == "text":
         half = max(1, len(example) // 2) if not example.answer_start else example.answer_start
         question, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in _halves(example, half))
