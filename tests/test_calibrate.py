@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lorasure import artifacts, calibrate, cli, pipeline, stages, train, train_stage
-from lorasure.calibrate import TRAVEL, Ramp, climb, forget_ramp, rate_for
+from lorasure.calibrate import GUESS, TRAVEL, Ramp, climb, forget_ramp, rate_for
 from lorasure.config import ForgetSettings
 from lorasure.errors import NumericError, UsageError
+from lorasure.progress import Reporter
 from lorasure.schedule import rate_shares
 from lorasure.workbench import Workbench
 
@@ -86,13 +89,24 @@ def test_distance_lies_where_half_is_forgotten():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_a_run_travels_as_far_whatever_the_number_of_its_steps(settings, schedule):
-    s = settings(schedule=schedule)
-    rates = {steps: rate_for(0.03, s, steps) for steps in (5, 50, 500)}
+@pytest.mark.parametrize(("known", "times"), [(0.4, TRAVEL), (0.9, GUESS)], ids=["half forgotten", "never"])
+def test_a_run_travels_as_far_whatever_the_number_of_its_steps(settings, schedule, known, times):
+    s, ramp = settings(schedule=schedule), Ramp([0.0, 0.03], [1.0, known])
+    rates = {steps: rate_for(ramp, s, steps) for steps in (5, 50, 500)}
     assert rates[5] > rates[50] > rates[500]
     for steps, rate in rates.items():
         shares = rate_shares(s, steps)
-        assert rate * sum(shares(i) for i in range(steps)) == pytest.approx(TRAVEL * 0.03)
+        assert rate * sum(shares(i) for i in range(steps)) == pytest.approx(times * 0.03)
+
+
+@pytest.mark.parametrize(("known", "forgotten"), [(0.9, False), (0.1, True)])
+def test_a_rate_from_a_ramp_that_forgot_little_is_said_to_be_a_guess(settings, monkeypatch, known, forgotten):
+    notes, values = [], chain([1.0], repeat(known))
+    monkeypatch.setattr(Reporter, "note", lambda _, text: notes.append(text))
+    monkeypatch.setattr(train_stage, "mean_probability", lambda *_: SimpleNamespace(value=next(values)))
+    found = pipeline.forget(settings()).summary["learning_rate"]
+    assert found["half_forgotten"] is forgotten
+    assert any("the rate is a guess; --lr gives one" in note for note in notes) is not forgotten
 
 
 def test_a_run_records_its_rate_and_takes_it(settings):
@@ -106,11 +120,6 @@ def test_a_run_records_its_rate_and_takes_it(settings):
     same = ("step", "lr", "forget", "retain", "grad_norm")
     assert [{key: line[key] for key in same} for line in log] == [{key: line[key] for key in same} for line in other]
     assert stages.verdict(found.summary)["text"] == found.summary["verdict"]["text"]
-
-
-def test_a_run_that_never_leaves_rate_0_is_refused(settings):
-    with pytest.raises(UsageError, match="--warmup 1: with 1 steps the learning rate never leaves 0"):
-        rate_for(0.03, settings(warmup=1.0), 1)
 
 
 def test_a_rate_given_to_a_continued_run_is_the_one_advised_on(settings, monkeypatch):

@@ -1,5 +1,6 @@
 """--compile: the same training, by one program for all layers of one make; what cannot be compiled is named."""
 
+import re
 from functools import partial
 
 import pytest
@@ -8,11 +9,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from conftest import random_examples, tiny_llama
-from lorasure import lora, processes
+from lorasure import lora, pipeline, processes
+from lorasure.config import ForgetSettings
 from lorasure.errors import UsageError
 from lorasure.layers import compiled, decoder_layers
 from lorasure.models import find_shortcuts
 from lorasure.objective import learn, learn_steps
+from lorasure.progress import Reporter
 from lorasure.sites import all_sites
 from lorasure.train import fit
 from test_lora import ALPHA, RANK, random_start
@@ -33,7 +36,7 @@ def adapted(left_out: str = ""):
     model = tiny_llama(layers=LAYERS)
     find_shortcuts(model)  # as a model that is loaded: also what these put into layers is one program for all
     sites = [site for site in all_sites(model) if site.module.endswith(ADAPTED)]  # few, as tracing takes long
-    sites = [site for site in sites if not left_out or left_out not in site.module]
+    sites = [site for site in sites if not left_out or not re.search(left_out, site.module)]
     return lora.attach(model, random_start(sites), RANK, ALPHA, compensate=True)
 
 
@@ -68,11 +71,21 @@ def test_layers_of_another_make_are_left_out(fast, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_model_without_inner_layers_is_named():
-    with (
-        pytest.raises(UsageError, match="--compile: Linear has no layers of one make"),
-        compiled(nn.Linear(1, 1)),
-    ):
+def test_where_no_layer_lies_between_nothing_is_compiled_and_that_is_said_once(
+    model_folder, data_files, tmp_path, monkeypatch
+):
+    """Of two layers, of those of which the last alone is trained, and of a model without any."""
+    notes: list[str] = []
+    monkeypatch.setattr(Reporter, "note", lambda _, text: notes.append(text))
+    monkeypatch.setattr(torch, "compile", None)
+    forget, retain = map(str, data_files)
+    given = {"model": str(model_folder), "forget": forget, "retain": retain, "rank": 2, "epochs": 1, "compile": True}
+    assert pipeline.forget(ForgetSettings(**given, out=str(tmp_path / "run"), init="vila")).adapter.is_dir()
+    assert [note for note in notes if note.startswith("--compile")] == [
+        "--compile: there is nothing to compile between the lowest layer that is trained and the last."
+    ]
+    trained_steps(adapted(left_out="layers.[0-4]"), compile=True)
+    with compiled(nn.Linear(1, 1)):
         pass
 
 

@@ -142,7 +142,7 @@ def test_nothing_to_take_a_level_from_is_said_before_anything_is_written(setting
         _ = Workbench(settings(unseen=s.forget)).unseen
 
 
-def test_other_unseen_rows_are_another_run(settings, tmp_path, monkeypatch):
+def test_other_unseen_rows_are_another_run_and_another_level(settings, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -152,3 +152,6 @@ def test_other_unseen_rows_are_another_run(settings, tmp_path, monkeypatch):
     write_rows(tmp_path / "unseen.jsonl", ROWS[13:])
     with pytest.raises((UsageError, DataError), match="unseen"):
         pipeline.forget(settings(resume=True))
+    found = pipeline.forget(settings(resume=True, allow_change="unseen_text,unseen_tokens")).summary["stop"]
+    bench = Workbench(settings())
+    assert found["rows"] == 3 and found["level"] == pytest.approx(mean_nll(bench, bench.model, bench.unseen.examples))

@@ -11,8 +11,21 @@ import pytest
 import torch
 
 from architectures import tiny_model
-from conftest import tiny_llama
-from lorasure import artifacts, fitting, layers, lora, models, pipeline, plan, stages, train, train_stage, workbench
+from conftest import tiny_llama, write_rows
+from lorasure import (
+    artifacts,
+    fitting,
+    layers,
+    lora,
+    models,
+    original,
+    pipeline,
+    plan,
+    stages,
+    train,
+    train_stage,
+    workbench,
+)
 from lorasure.cli import main
 from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate, micro_batches
@@ -22,7 +35,7 @@ from lorasure.forward import answer_logits
 from lorasure.importance.collect import moments
 from lorasure.init.low_rank import Factors
 from lorasure.losses.forget import FORGET_LOSSES
-from lorasure.objective import ForgetSteps
+from lorasure.objective import ForgetSteps, run_steps
 from lorasure.prefix import Prefix
 from lorasure.stages import Start
 from lorasure.tap import tap
@@ -340,3 +353,30 @@ def test_the_trained_model_is_gone_before_a_fresh_one_is_loaded(failed, settings
     monkeypatch.setattr(workbench, "load_model", load)
     pipeline.forget(settings)
     assert len(loaded) == 2  # at the start, and for the check of the adapter
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"retain_loss": "kl"},
+        {"loss": "dpo"},
+        {"targets": "layers.1.*", "loss": "npo"},
+        {"targets": "layers.1.*", "epochs": 1},
+    ],
+    ids=str,
+)
+def test_rows_of_the_reference_are_those_that_are_run(settings, tmp_path, monkeypatch, options):
+    """Not all that training sees: where no layer is skipped, those that the losses or the scores ask for."""
+    retain = [{"question": f"Where is town {i}?", "answer": f"Beside lake {i}."} for i in range(300)]
+    settings = replace(settings, retain=str(write_rows(tmp_path / "many.jsonl", retain)), init="lora", **options)
+    real, run = plan._try_training, []
+    monkeypatch.setattr(plan, "_try_training", lambda *given: (1.0, 1.0, real(*given)[2]))  # a second per token
+    said = plan.plan(settings).seconds["reference"]
+    monkeypatch.setattr(original, "collate", lambda chosen: (run.extend(map(len, chosen)), collate(chosen))[1])
+    bench = Workbench(settings)
+    objective = bench.objective()
+    start = Start({s: Factors(torch.zeros(s.shape[0], 4), torch.zeros(4, s.shape[1])) for s in bench.sites}, {})
+    train_stage._observe(bench, objective, run_steps(objective, settings), start, None)
+    assert (objective.prefix is not None) is (options == {"targets": "layers.1.*", "loss": "npo"})
+    assert said == sum(run)

@@ -42,6 +42,13 @@ def test_the_schedule_warms_up_to_the_given_rate(schedule):
     assert rates(schedule, warmup=0.0)[0] == 0.5
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_that_only_warms_up_reaches_the_given_rate_at_its_last_step(schedule):
+    """Also where that is its first, which would otherwise take a rate of 0."""
+    for steps, expected in ((1, [0.5]), (2, [0.0, 0.5]), (3, [0.0, 0.25, 0.5])):
+        assert rates(schedule, warmup=1.0, steps=steps) == pytest.approx(expected)
+
+
 def test_the_schedule_after_the_warm_up():
     assert rates("linear", 0.2)[2:] == pytest.approx([0.5 * (10 - i) / 8 for i in range(2, 10)])
     assert rates("constant", 0.2)[2:] == [0.5] * 8
@@ -133,6 +140,43 @@ def test_a_model_without_checkpointing_is_named():
     steps = list(learn_steps(random_examples(1), epochs=1, batch_size=1, seed=0))
     with pytest.raises(UsageError, match="--gradient-checkpointing: Linear does not support it"):
         fit(nn.Linear(1, 1), steps, learn, settings(gradient_checkpointing=True), token_budget=10)
+
+
+# --- float16 ----------------------------------------------------------------------------------------------------------
+
+
+def gradient_of_a_step(dtype, weight):
+    """(gradient of the factors, passes) of one step whose loss is multiplied by `weight`, the base in `dtype`."""
+    wrapped, steps, objective = prepared(model=tiny_llama(initializer_range=0.1).to(dtype))
+    found, passes = [], []
+
+    def counted_pass(model, units):
+        passes.append(1)
+        return objective(model, units)
+
+    def on_step(record):
+        found.append(torch.cat([p.grad.flatten() for p in wrapped.parameters() if p.grad is not None]))
+
+    weights = {"forget": weight, "retain": weight}
+    options = {"token_budget": 10_000, "term_weights": weights, "on_step": on_step}
+    fit(wrapped, steps, counted_pass, settings(max_grad_norm=1e9), **options)
+    return found[0] / weight, len(passes)
+
+
+@pytest.mark.parametrize(
+    ("exponent", "passes"),
+    [
+        (-16, 1),  # gradients like those of rows that are known well, which vanish in float16
+        (0, 1),
+        (12, 2),  # so large that they overflow with the loss scaled
+    ],
+)
+def test_gradients_through_a_float16_base_are_those_through_a_float32_one(exponent, passes):
+    expected, once = gradient_of_a_step(torch.float32, 2.0**exponent)
+    found, taken = gradient_of_a_step(torch.float16, 2.0**exponent)
+    assert torch.cosine_similarity(found, expected, 0) > 0.999
+    assert float(found.norm() / expected.norm()) == pytest.approx(1, abs=0.01)
+    assert (once, taken) == (1, passes)
 
 
 # --- guards -----------------------------------------------------------------------------------------------------------

@@ -62,20 +62,26 @@ def checkpointed(model: nn.Module, wanted: bool | None) -> AbstractContextManage
 KEPT_SHARE = 0.25
 
 
+def inner_layers(model: nn.Module) -> list[nn.Module]:
+    """Those that `compiled` is for: above the lowest that is trained (its input has no gradient), without the last."""
+    layers = decoder_layers(model)
+    trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    return layers[trained[0] + 1 : -1] if trained else []
+
+
 @contextmanager
 def compiled(model: nn.Module) -> Iterator[None]:
-    """Within the context torch.compile runs the decoder layers, as one program for all of them.
+    """Within the context torch.compile runs the inner decoder layers, if there are any, as one program for all of them.
 
-    So only layers of the most common make are, and not the lowest that is trained (its input has no gradient) nor the
-    last (see `at_answers`): each would be a program of its own, and one takes as long as a short run.
+    So only layers of the most common make are. Of others, and of the lowest and the last (see `at_answers`), each would
+    be a program of its own, and one takes as long as a short run.
     """
     if processes.sharded():
         raise UsageError("--compile: not where the base's weights are shared out; leave out one or the other.")
-    layers = decoder_layers(model)
-    trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
-    inner = layers[trained[0] + 1 : -1] if trained else []
+    inner = inner_layers(model)
     if not inner:
-        raise UsageError(f"--compile: {type(model).__name__} has no layers of one make between its first and its last.")
+        yield
+        return
     makes = [(type(layer), *(type(module).__name__ for module in layer.modules())) for layer in inner]
     (common, _), *_ = Counter(makes).most_common()
     program = torch.compile(common[0].forward, dynamic=True)

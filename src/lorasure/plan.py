@@ -29,7 +29,7 @@ from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
 from .layers import checkpointed
 from .objective import ForgetSteps, retain_rows, run_steps
-from .prefix import find_prefix
+from .prefix import Prefix, find_prefix
 from .progress import Reporter
 from .sites import Site
 from .stages import scored_rows
@@ -79,18 +79,22 @@ def seconds(bench: Workbench) -> dict[str, float]:
     s = bench.settings
     measured = [*bench.data[0].examples, *bench.measured_retain]
     objective = bench.objective()
-    seen = [example for step in run_steps(objective, s) for unit in step for example in unit.sequences]
+    steps = run_steps(objective, s)
+    seen = [example for step in steps for unit in step for example in unit.sequences]
     ramp = sum(len(e) for step in forget_ramp(objective, s) for unit in step for e in unit.sequences)
     with bench.reporter.stage("calibrate"):
         per_token, evidence, sites = _try_measuring(bench)
         init = _try_init(bench, sites, evidence)
         del evidence  # second moments, which may take a quarter of a GPU
-        scoring, training = _try_training(bench, sites)
+        scoring, training, objective.prefix = _try_training(bench, sites)
+    if objective.prefix:
+        objective.prefix.rows = dict.fromkeys(seen)
+    asked = objective.asked(retain_rows(steps), scored_rows(bench)).values()
     measuring = per_token * sum(map(len, measured)) * (PASSES if s.compat else 1)
     return {
         "importance": measuring * bench.measures_importance,
         "init": init + measuring * (not bench.measures_importance),
-        "reference": scoring * sum(map(len, {*scored_rows(bench), *seen})),
+        "reference": scoring * sum(map(len, set().union(*asked))),
         "calibrate": training * ramp * (s.lr == AUTO),
         "train": training * sum(map(len, seen)),
         "export": bench.reporter.seconds["load model"],
@@ -163,8 +167,8 @@ def _try_init(bench: Workbench, sites: Sequence[Site], evidence: Callable[[Site]
     return total
 
 
-def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float]:
-    """Seconds per token of scoring rows and of training, on the model as it will be trained."""
+def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float, Prefix | None]:
+    """Seconds per token of scoring rows and of training, on the model as it will be trained, with the prefix if any."""
     s, whole = replace(bench.settings, gradient_checkpointing=bench.checkpointing), bench.objective()
     budget = bench.token_budget
     rows, clock = _sample(whole.forget, budget), Clock()
@@ -182,4 +186,5 @@ def _try_training(bench: Workbench, sites: Sequence[Site]) -> tuple[float, float
     still = replace(s, lr=1e-12, max_grad_growth=1e12)
     passes = training_budget(bench, objective.prefix)
     fit(wrapped, steps, objective, still, token_budget=passes, on_step=records.append)
-    return clock.per_token(budget, rows), statistics.median(r["seconds"] / r["tokens"] for r in records[1:] or records)
+    stepping = statistics.median(r["seconds"] / r["tokens"] for r in records[1:] or records)
+    return clock.per_token(budget, rows), stepping, objective.prefix

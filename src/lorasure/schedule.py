@@ -15,7 +15,11 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 
 
 def rate_shares(settings: OptimizerSettings, steps: int) -> Callable[[int], float]:
-    """The schedule of a run of so many steps: step, from 0 -> its share of the learning rate."""
+    """The schedule of a run of so many steps: step, from 0 -> its share of the learning rate.
+
+    The last step takes no part in the warm-up, which begins at 0: one that is all of a run would train nothing.
+    """
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # transformers hands out its rules with an optimizer only
-    scheduler: Any = get_scheduler(SCHEDULES[settings.schedule], unused, round(settings.warmup * steps), steps)
+    warming = min(round(settings.warmup * steps), steps - 1)
+    scheduler: Any = get_scheduler(SCHEDULES[settings.schedule], unused, warming, steps)
     return scheduler.lr_lambdas[0]

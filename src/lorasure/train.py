@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from .checkpoint import Keeper
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+# The loss is multiplied by it where the base computes in float16, whose smallest numbers lose digits and then vanish.
+# Gradients of rows that are known well are as small: 2^8 is enough at an NLL of 2e-4. A power of two is exact.
+SCALE = 2.0**10
 
 
 @dataclass
@@ -39,13 +42,15 @@ class Training:
     """Everything that a step changes, so everything that a checkpoint holds.
 
     `done`: steps taken. `token_budget` shrinks when memory runs out. `first` and `largest`: the losses of the first
-    step and the largest gradient norm of any, which later ones are compared with. `best`: see `Keeper`.
+    step and the largest gradient norm of any, which later ones are compared with. `best`: see `Keeper`. `scale`: SCALE
+    or 1, by the base.
     """
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     scheduler: Any
     token_budget: int
+    scale: float
     done: int = 0
     first: dict[str, float] = field(default_factory=dict)
     largest: float = 0.0
@@ -68,7 +73,8 @@ class Training:
         decay = settings.weight_decay
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=decay, fused=fused)
         scheduler = LambdaLR(optimizer, shares or rate_shares(settings, steps))
-        return cls(parameters, optimizer, scheduler, token_budget)
+        scale = SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+        return cls(parameters, optimizer, scheduler, token_budget, scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, the optimizer's moments, the best parameters so far and the random states, by name."""
@@ -189,23 +195,28 @@ def _step(
     """One step of the optimizer; its record."""
     began, number = time.perf_counter(), training.done + 1
     rows = max(len(unit.sequences) for unit in step)
-    lengths = [unit.width * rows for unit in step]
+    lengths, scale = [unit.width * rows for unit in step], training.scale
 
     def attempt(token_budget: int) -> Sums:
         training.optimizer.zero_grad()  # all that an attempt before this one has changed
         groups = processes.share(micro_batches(lengths, token_budget))
-        return _backward(objective, step, groups, term_weights)
+        return _backward(objective, step, groups, term_weights, scale)
 
-    where = f"train, step {number}"
-    means, training.token_budget = within_memory(attempt, training.token_budget, lengths, where, fired)
-    means = _add_up(means, list(training.parameters.values()), {unit.term for unit in step})
+    where, parameters = f"train, step {number}", list(training.parameters.values())
+    while True:
+        means, training.token_budget = within_memory(attempt, training.token_budget, lengths, where, fired)
+        means = _add_up(means, parameters, {unit.term for unit in step})
+        scaled = [p.grad.div_(scale) for p in parameters if scale > 1 and p.grad is not None]
+        if torch.isfinite(get_total_norm(scaled)):
+            break
+        scale = 1.0  # once more without: large gradients overflow with it, in every process alike
     if penalty:  # of the weights alone, so it is the same in every process
         means["penalty"] = penalty()
         means["penalty"].backward()
     losses = {name: value.item() for name, value in means.items()}
     norm = _finite_norm(number, losses, training.parameters)
     training.first = training.first or losses
-    _check_divergence(number, losses, float(norm), training, ceilings, settings.max_grad_growth)
+    _check_divergence(losses, float(norm), training, ceilings, settings.max_grad_growth)
     clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
     rate = training.scheduler.get_last_lr()[0]
     try:
@@ -226,14 +237,15 @@ def _backward(
     step: Sequence[Unit],
     groups: Sequence[Sequence[int]],
     term_weights: Mapping[str, float],
+    scale: float,
 ) -> Sums:
-    """Add the gradient of one step's loss, micro-batch by micro-batch; the mean of every term over the whole step."""
+    """Add `scale` x the gradient of a step's loss, micro-batch by micro-batch; the mean of every term over the step."""
     counts = Counter(unit.term for unit in step)
     means: Sums = {}
     for group in groups:
         sums = objective([step[i] for i in group])
         terms = {name: value / counts[name] for name, value in sums.items()}
-        torch.stack([term_weights.get(name, 1.0) * value for name, value in terms.items()]).sum().backward()
+        torch.stack([scale * term_weights.get(name, 1.0) * value for name, value in terms.items()]).sum().backward()
         for name, value in terms.items():
             means[name] = means.get(name, 0) + value.detach()
     return means
@@ -271,14 +283,10 @@ def _finite_norm(step: int, losses: Mapping[str, float], parameters: Mapping[str
 
 
 def _check_divergence(
-    step: int,
-    losses: Mapping[str, float],
-    norm: float,
-    training: Training,
-    ceilings: Mapping[str, float],
-    growth: float,
+    losses: Mapping[str, float], norm: float, training: Training, ceilings: Mapping[str, float], growth: float
 ) -> None:
     """Raise a NumericError when the run is finite still, but lost."""
+    step = training.done + 1
     for name, ceiling in ceilings.items():
         if losses.get(name, 0) > training.first.get(name, 0) + ceiling:
             raise NumericError(

@@ -13,13 +13,16 @@ from typing import Any
 from . import artifacts, lora
 from .calibrate import calibrate
 from .checkpoint import Keeper, Utility, remove_checkpoints
-from .config import AUTO, ForgetSettings
+from .config import AUTO, ForgetSettings, OptimizerSettings
+from .data.load import tokens_hash
 from .data.pairing import sample
 from .errors import DataError
 from .fitting import training_budget
+from .forward import base_of
+from .layers import inner_layers
 from .level import ROWS as LEVEL_ROWS
 from .level import Level
-from .objective import ForgetObjective, Unit, retain_penalty, retain_rows, run_steps
+from .objective import ForgetObjective, Objective, Unit, retain_penalty, retain_rows, run_steps
 from .outcome import RATE
 from .prefix import find_prefix
 from .progress import Reporter
@@ -44,7 +47,7 @@ def train_adapter(
     used = retain_rows(steps)
     before = _observe(bench, objective, steps, start, summary.get("before"))
     prefix = {"prefix": objective.prefix.about()} if objective.prefix else {}
-    aim = _aim(bench) if bench.unseen and "stop" not in summary else {}
+    aim = _aim(bench, summary.get("stop", {}))
     summary = update_summary(run, {"before": before} | aim | prefix)
     wrapped = attach_start(bench, start)
     watched = watch(wrapped)
@@ -90,6 +93,8 @@ def _calibrated(
             found = calibrate(wrapped, objective, settings, steps, known, **options)
         summary = update_summary(run, {RATE: found | {"seconds": time.perf_counter() - began}})
         bench.reporter.note(f"train: learning rate {found['rate']:.2g}, found in {found['steps']} steps (--lr auto).")
+        if not found["half_forgotten"]:
+            bench.reporter.note("train: little was forgotten in these steps, so the rate is a guess; --lr gives one.")
     with artifacts.as_written(run / artifacts.SUMMARY):
         return float(summary[RATE]["rate"])
 
@@ -117,11 +122,19 @@ def _observe(
 
 
 def logged_fit(
-    keeper: Keeper, reporter: Reporter, model: Any, steps: Sequence[Any], *args: Any, **options: Any
+    keeper: Keeper,
+    reporter: Reporter,
+    model: Any,
+    steps: Sequence[Any],
+    objective: Objective,
+    settings: OptimizerSettings,
+    **options: Any,
 ) -> None:
     """`train.fit` with a progress bar, a log, and checkpoints."""
+    if settings.compile and not inner_layers(base_of(model)):
+        reporter.note("--compile: there is nothing to compile between the lowest layer that is trained and the last.")
     with reporter.stage("train", len(steps), "steps") as progress:
-        fit(model, steps, *args, **options, on_step=lambda _: progress(1), keeper=keeper)
+        fit(model, steps, objective, settings, **options, on_step=lambda _: progress(1), keeper=keeper)
 
 
 def attach_start(bench: Workbench, start: Start) -> lora.PeftModel:
@@ -156,15 +169,20 @@ def _utility(bench: Workbench, wrapped: Any, used: Collection[int]) -> Utility |
     return Utility(measure, math.ceil(len(forget) / s.batch_size), s.min_utility)
 
 
-def _aim(bench: Workbench) -> dict[str, Any]:
-    """For the summary: the level of --stop auto. Of the original model, so before the adapter is attached."""
-    rows = bench.unseen.examples if bench.unseen else ()
+def _aim(bench: Workbench, known: dict[str, Any]) -> dict[str, Any]:
+    """For the summary: the level of --stop auto, unless the `known` one is of the same rows.
+
+    Of the original model, so before the adapter is attached.
+    """
+    if bench.unseen is None or known.get("tokens_sha256") == (digest := tokens_hash(bench.unseen.examples)):
+        return {}
+    rows = bench.unseen.examples
     with bench.reporter.stage("level", len(rows)):
         level = mean_nll(bench, bench.model, rows)
     bench.reporter.note(
         f"level: {level:.2f} nats per token on {len(rows)} rows that the model never saw (--stop auto)."
     )
-    return {"stop": {"level": level, "rows": len(rows)}}
+    return {"stop": {"level": level, "rows": len(rows), "tokens_sha256": digest}}
 
 
 def _level(bench: Workbench, wrapped: Any, weights: dict[str, float], summary: dict[str, Any]) -> Level | None:

@@ -86,9 +86,7 @@ def _reference(spec: Spec, folder: Path, reporter: Reporter) -> str | None:
         return spec.reference
     settings, out = replace(spec.evaluation, model=spec.reference, revision=None), folder / REFERENCE
     if _of_another(out, settings, "model"):
-        for path in (
-            folder / EVALUATIONS
-        ).iterdir():  # first: they do not tell that this is another model
+        for path in (folder / EVALUATIONS).iterdir():  # first: they do not tell that this is another model
             shutil.rmtree(path)
         shutil.rmtree(out)
     _evaluation(settings, out, reporter)
