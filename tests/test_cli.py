@@ -122,6 +122,8 @@ def test_usage_errors(base, fails, tmp_path, extra, said):
         ("rank: true\n", "--rank must be a whole number"),
         ("epochs: [1\n", "--config is not valid YAML"),
         ("- 1\n", "--config must hold names and values"),
+        ("", "--config must hold names and values, got: nothing."),
+        ("merge: maybe\n", "--config: a setting that must be true or false is 'maybe'."),
         ("rank: !!python/object/apply:os.system ['touch canary']\n", "--config"),
     ],
 )

@@ -336,7 +336,13 @@ def test_resuming_with_other_wrong_answers_or_another_dtype_is_refused(
     tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     original = collecting._answered
-    monkeypatch.setattr(collecting, "_answered", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def stops_in_retain(subject: Subject, block: list, *more: object) -> list:
+        if "retain" in block[0].question:
+            raise KeyboardInterrupt
+        return original(subject, block, *more)
+
+    monkeypatch.setattr(collecting, "_answered", stops_in_retain)
     assert main(command("torn")) in (75, 130)
     monkeypatch.setattr(collecting, "_answered", original)
     capsys.readouterr()
@@ -362,7 +368,7 @@ def test_a_wrong_reference_is_refused_before_anything_is_measured(
     assert main(command("one", "--reference", str(tmp_path / "short"))) == 3
     assert "set 'forget' has 5 rows in one, 3 in the other" in capsys.readouterr().err
     monkeypatch.setattr(collecting, "_measured", measured)
-    assert main(command("cut", "--max-length", "24")) == 0
+    assert main(command("cut", "--max-length", "46")) == 0
     monkeypatch.setattr(collecting, "_measured", lambda *args: pytest.fail("measured"))
     capsys.readouterr()
     assert main(command("one", "--reference", str(tmp_path / "cut"))) == 3
@@ -473,6 +479,37 @@ def test_an_evaluation_of_a_run_reads_and_asks_as_the_run_did(
         main([*after[:-1], str(tmp_path / "other"), "--forget", data["f.jsonl"]]) == 3
     )  # rows of its own: its own keys
     assert "f.jsonl" in capsys.readouterr().err
+
+
+def test_data_that_a_suite_does_not_read_are_refused(
+    tmp_path: Path, command: Callable[..., list[str]], data_files: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    assert main(command("one", "--forget", str(data_files[0]))) == 2
+    assert "--forget: --suite tofu does not read it, but --data and --split." in capsys.readouterr().err
+    own = [
+        "evaluate",
+        "--model",
+        "m",
+        "--forget",
+        str(data_files[0]),
+        "--split",
+        "forget01",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(own) == 2
+    assert "--split: --suite own does not read it, but --forget and --retain and --holdout." in capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_replace_what_it_evaluates(
+    tmp_path: Path, command: Callable[..., list[str]], model_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    (model / "manifest.json").write_text("{}")
+    given = command("model", "--overwrite")
+    given[given.index("--model") + 1] = str(model)
+    assert main(given) == 2 and (model / "config.json").is_file()
+    assert "--overwrite would delete what is read, --model" in capsys.readouterr().err
 
 
 def test_the_split_that_is_measured_is_recorded(tmp_path: Path, command: Callable[..., list[str]]) -> None:

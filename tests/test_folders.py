@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 from lorasure import artifacts, folders
-from lorasure.errors import DataError, NumericError, ResourceError, UsageError
+from lorasure.errors import KEPT, KEPT_TO_CHANGE, DataError, NumericError, ResourceError, UsageError
 
 
 class Stop(Exception):
@@ -171,6 +171,24 @@ def test_overwrite_starts_anew_and_resume_needs_something(tmp_path):
         begin(out, resume=True)
     assert begin(tmp_path / "new", resume=True, note=notes.append) == ["identity.json"]
     assert len(notes) == 1 and "nothing is there to resume" in notes[0]
+
+
+def test_what_is_read_is_never_replaced(tmp_path):
+    """A model or a run, or one that holds it; what lies beside it or above may be anywhere."""
+    make(tmp_path / "run")
+    for reads in (tmp_path / "run", tmp_path / "run" / "deep", tmp_path / "run" / "deep" / ".." / "a.txt"):
+        with pytest.raises(UsageError, match=r"--overwrite would delete what is read, --model .*run"):
+            folders.check_new(tmp_path / "run", overwrite=True, reads={"--model": str(reads)})
+    for reads in (tmp_path, tmp_path / "run2", "hub/run"):
+        folders.check_new(tmp_path / "run", overwrite=True, reads={"--model": str(reads)})
+
+
+@pytest.mark.parametrize(("error", "note"), [(NumericError, KEPT_TO_CHANGE), (ResourceError, KEPT)])
+def test_what_would_fail_again_is_not_said_to_go_on(tmp_path, error, note):
+    with pytest.raises(error) as found, folders.resumable_folder(tmp_path / "run", {"lr": 1}) as partial:
+        artifacts.write_text(partial / "half.txt", "x")
+        raise error("lost")
+    assert found.value.__notes__ == [note]
 
 
 def test_a_replacement_that_was_interrupted_keeps_the_old_run_and_its_permission(tmp_path):

@@ -116,6 +116,20 @@ def test_what_one_run_made_is_not_the_retrained_model_of_another(tmp_path, named
     assert list(found["next"]) == ["before"] * named
 
 
+def test_what_a_run_merged_is_never_a_retrained_model(tmp_path):
+    """Neither its own earlier weights, after another export, nor those of a run that is not named."""
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", "dampened", weights=MERGED)
+    make_evaluation(tmp_path / "run-before")
+    make_evaluation(tmp_path / "run-after", adapter=adapter_of(run))
+    own = BASE | {"source": str(run / "merged"), "files": {"model.safetensors": "of an earlier export"}}
+    make_evaluation(tmp_path / "run-merged", 0.1, model=own)
+    [found] = read_runs([run])
+    assert list(found.suites[0].models) == ["before", "after"]
+    made = BASE | {"source": str(other / "merged"), "files": {"model.safetensors": artifacts.sha256(other / MERGED)}}
+    with pytest.raises(DataError, match="other-after: it was made with another adapter than that of run"):
+        read_runs([run, make_evaluation(tmp_path / "other-after", 0.1, model=made)])
+
+
 def test_refusals_name_the_folder(tmp_path):
     run = make_all(tmp_path)
     (tmp_path / "empty").mkdir()

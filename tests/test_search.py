@@ -270,6 +270,12 @@ def test_a_retrained_model_gives_forget_quality_afterwards_and_chooses_nothing(s
     assert not (tmp_path / "fourth").exists()
 
 
+def test_a_reference_that_is_nowhere_is_refused_before_any_trial(spec, out, tmp_path):
+    with pytest.raises(DataError, match=r"^reference: no/such .* cannot be loaded") as found:
+        search(spec(reference="no/such"), SearchSettings(out=str(out)))
+    assert "--model" not in str(found.value) and not out.exists()
+
+
 def test_wrong_answers_count_only_where_every_row_brings_some(spec, out, tmp_path):
     own = [row(i) | {"perturbed_answer": ["It is Bob.", "It is Cy."]} for i in range(6)]
     for name, rows, offered in (("all", own, True), ("five", [*own[:5], own[5] | {"perturbed_answer": []}], False)):

@@ -68,7 +68,7 @@ def test_a_list_of_methods_names_initialisations(tmp_path):
         ({"settings": [1]}, "settings: must hold names and values."),
         ({"methods": {}}, "methods: needs one at least."),
         ({"methods": {"../x": {"init": "lora"}}}, "methods: '../x' must be letters"),
-        ({"methods": {"a": {"init": "villa"}}}, "methods: a: Unknown initialisation 'villa'. Did you mean 'vila'?"),
+        ({"methods": {"a": {"init": "villa"}}}, "methods: a: Unknown --init 'villa'. Did you mean 'vila'?"),
         ({"methods": {"a": {"forget": "other"}}}, "methods: a: Unknown key 'forget'"),
         ({"methods": {"a": {"rank": -1}}}, "methods: a: --rank must be at least 1, got -1"),
         ({"methods": {"a": {"loss": ["ihl"]}}}, "methods: a: loss: must be text"),

@@ -46,7 +46,7 @@ def attack(run: Path, settings: AttackSettings, reporter: Reporter | None = None
     rules = parse_gate(settings.gate, chosen)
     run = run.resolve()
     out = Path(settings.out) if settings.out else run.with_name(f"{run.name}-attacks")
-    folders.check_new(out, settings.overwrite, settings.resume)
+    folders.check_new(out, settings.overwrite, settings.resume, {"RUN": str(run), **folders.read_by(settings)})
     artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY, *change_files(run))
     bench = _Bench.of(run, settings)
     with reporter.held(), reporter.stage("load"):
@@ -69,7 +69,7 @@ def chosen_attacks(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names != ["all"]:
         for name in names:
-            lookup(ATTACKS, name, "attack")
+            lookup(ATTACKS, name, "attack in --attacks")
     return [name for name in ATTACKS if name == "none" or name in names or names == ["all"]]
 
 

@@ -5,6 +5,8 @@ Messages name the input (file, row or flag), the value and the choices, in one l
 
 INTERRUPTED = 75  # exit code of a command that a signal stopped and that --resume continues
 KEPT = "What was finished is kept: the same command with --resume continues."  # a note on the error of such a command
+# Of one that would fail again at the same place.
+KEPT_TO_CHANGE = "What was finished is kept: --resume continues with another setting (--lr 1e-4 --allow-change lr)."
 GOES_ON = "What was finished is kept: the same command continues."  # of one that needs no flag for it
 
 

@@ -47,10 +47,10 @@ def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None)
     suite = lookup(SUITES, settings.suite, "--suite")
     settings = _with_run(settings)
     out = Path(settings.out)
-    folders.check_new(out, settings.overwrite, settings.resume)
+    folders.check_new(out, settings.overwrite, settings.resume, folders.read_by(settings))
     with reporter.held():
         with reporter.stage("read data"):
-            sets = suite.load(settings)
+            sets = suite.sets(settings)
         reference = open_evaluation(Path(settings.reference)) if settings.reference else None
         with reporter.stage("load model"):
             subject = load_subject(settings)

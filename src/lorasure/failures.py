@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from . import __version__
-from .errors import GOES_ON, INTERRUPTED, KEPT, LorasureError, ResourceError
+from .errors import GOES_ON, INTERRUPTED, KEPT, KEPT_TO_CHANGE, LorasureError, ResourceError
 from .interrupt import Terminated
 
 HERE = Path(__file__).parent
@@ -20,9 +20,10 @@ TRACEBACK = "LORASURE_TRACEBACK"  # set in the environment, all of a mistake of 
 def explained(error: BaseException) -> tuple[str, int]:
     """(line for the user, exit code) of whatever a command raised."""
     notes = getattr(error, "__notes__", ())  # only ours: those of a library may quote a row
-    left = GOES_ON if GOES_ON in notes else KEPT if KEPT in notes else ""
+    left = next((note for note in (GOES_ON, KEPT, KEPT_TO_CHANGE) if note in notes), "")
     if isinstance(error, LorasureError):
-        return f"{error} {left}", error.exit_code
+        said = str(error) if str(error).endswith((".", "?", "!")) else f"{error}."
+        return f"{said} {left}", error.exit_code
     if isinstance(error, OSError) and error.errno is not None:  # without one it comes from a library: a mistake of ours
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or type(error).__name__}{where}. {left or NOTHING}", ResourceError.exit_code

@@ -102,6 +102,8 @@ def _in_our_words(message: str, settings: type[Settings]) -> str:
         name = names[typed[1]]
         wanted = next(text for kind, text in WANTED.items() if kind in (types[name], *typing.get_args(types[name])))
         return f"{flag(name)} must be {wanted}, got '{typed[2]}'."
+    if unsaid := re.search(r"^Value not boolean: (.*?)\.?$", message):
+        return f"--config: a setting that must be true or false is '{unsaid[1]}'."
     if boolean := re.search(r"^argument (--[\w-]+).*: invalid _boolean_type value: '(.*)'$", message):
         return f"{boolean[1]} must be true or false, got '{boolean[2]}'."
     if needed := re.search(r"^the following arguments are required: (.*)$", message):
@@ -115,7 +117,8 @@ def _in_our_words(message: str, settings: type[Settings]) -> str:
         ("Problems parsing config", "--config is not valid YAML"),
     ):
         message = message.replace(theirs, ours)
-    return message.replace("Unexpected config: ", "--config must hold names and values, got: ").removesuffix(".") + "."
+    found = message.replace("Unexpected config:", "--config must hold names and values, got:").strip().removesuffix(".")
+    return f"{found} nothing." if found.endswith(":") else f"{found}."
 
 
 def _guess(name: str, known: typing.Iterable[str]) -> str:

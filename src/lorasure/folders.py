@@ -12,12 +12,14 @@ import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from . import artifacts
 from .artifacts import IDENTITY, MANIFEST
-from .errors import KEPT, DataError, ResourceError, UsageError
+from .config import Settings, flag
+from .errors import KEPT, KEPT_TO_CHANGE, DataError, NumericError, ResourceError, UsageError
 from .lock import beside, locked, recover
 from .registry import lookup
 
@@ -36,16 +38,27 @@ def check_new_file(path: Path, flag: str, overwrite: bool) -> None:
         raise UsageError(f"{flag} {path}: there is something of that name. Choose another one, or add --overwrite.")
 
 
-def check_new(out: Path, overwrite: bool = False, resume: bool = False) -> None:
+def check_new(out: Path, overwrite: bool = False, resume: bool = False, reads: Mapping[str, str] | None = None) -> None:
     """Refuse an output folder that cannot be made or resumed, or whose content the user did not say to replace.
 
-    What gets replaced is deleted, so only a folder with a manifest of ours is: never somebody's home by a slip.
+    What gets replaced is deleted, so only a folder with a manifest of ours is: never somebody's home by a slip. Nor one
+    that holds anything of what the command `reads` (flag -> path): the base of a run stays untouched.
     """
     _check_place(out)
+    for name, path in (reads or {}).items():
+        read = Path(path)
+        if overwrite and read.exists() and out.resolve() in (read.resolve(), *read.resolve().parents):
+            raise UsageError(f"--out {out}: --overwrite would delete what is read, {name} {path}; choose another one.")
     if partial_of(out).exists():
         with locked(out.resolve()):
             pass
     _check_content(out, overwrite, resume)
+
+
+def read_by(settings: Settings) -> dict[str, str]:
+    """What a command reads: flag -> path. An earlier run's importance may give way to the run that used it."""
+    paths = (f.name for f in fields(settings) if f.metadata.get("path") and f.name not in ("out", "importance"))
+    return {flag(name): path for name in paths if (path := getattr(settings, name))}
 
 
 def _check_place(out: Path) -> None:
@@ -184,7 +197,7 @@ def _work_folder(
             if not holds_progress(partial) or (fresh and isinstance(error, UsageError)):
                 _remove(partial)
             elif not isinstance(error, UsageError):  # the same command would be refused again
-                error.add_note(KEPT)
+                error.add_note(KEPT_TO_CHANGE if isinstance(error, NumericError) else KEPT)
             raise
 
 

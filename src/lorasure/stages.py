@@ -233,12 +233,14 @@ def scores_from(bench: Workbench, records: Records) -> dict[str, Any]:
 
 def mean_probability(bench: Workbench, model: Any, examples: Sequence[Example]) -> Score:
     """Probability of some examples under a model."""
-    return _probability(_records_of(bench, model, examples).values())
+    records = _records_of(bench, model, examples)
+    return _probability(records[e] for e in examples)
 
 
 def mean_nll(bench: Workbench, model: Any, examples: Sequence[Example]) -> float:
     """NLL in nats per answer token under a model, averaged over examples."""
-    return fmean(record.mean_nll for record in _records_of(bench, model, examples).values())
+    records = _records_of(bench, model, examples)
+    return fmean(records[e].mean_nll for e in examples)
 
 
 def _records_of(bench: Workbench, model: Any, examples: Sequence[Example], progress: Progress | None = None) -> Records:
@@ -255,7 +257,11 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     before, after = summary["before"], summary["after"]
     known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
     harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
-    method = summary["method"] if "method" in summary else _advice(learning_rate(summary))
+    method = (
+        summary["method"]
+        if "method" in summary
+        else _advice(learning_rate(summary), summary["export"].get("scale", 1.0))
+    )
     text = "The forget set is forgotten by this measure and the retain set is kept."
     if before["forget"]["value"] < HARDLY_KNOWN:
         text = "The forget set was hardly known before, so this measure shows nothing; see `lorasure probe`."
@@ -269,11 +275,11 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"still_known": known, "retain_harmed": harmed, "text": text}
 
 
-def _advice(lr: float) -> dict[str, str]:
+def _advice(lr: float, scale: float) -> dict[str, str]:
     return {
         "known": f"a higher learning rate (--lr {3 * lr:.2g}), then more --epochs",
         # Scaling first: it takes seconds, and trains nothing.
-        "harmed": "`lorasure export RUN --export-scale 0.9`, "
+        "harmed": f"`lorasure export RUN --export-scale {0.9 * scale:.2g}`, "
         f"a lower learning rate (--lr {lr / 2:.2g}), a larger --lambda, or more retain rows",
     }
 

@@ -219,8 +219,8 @@ def _patterns(text: str) -> list[str]:
 
 def loss_functions(settings: ForgetSettings) -> tuple[LossFunction, LossFunction | None]:
     """The forget loss with its settings bound, and the retain loss (None for none)."""
-    row = lookup(FORGET_LOSSES, settings.loss, "forget loss")
-    retain = lookup(RETAIN_LOSSES, settings.retain_loss or row.retain, "retain loss")
+    row = lookup(FORGET_LOSSES, settings.loss, "--loss")
+    retain = lookup(RETAIN_LOSSES, settings.retain_loss or row.retain, "--retain-loss")
     return bind(settings.loss, row.function, {"beta": settings.beta, "delta": settings.delta}), retain.function
 
 
@@ -232,7 +232,7 @@ def check_template(template: str) -> None:
 
 def check_names(settings: ForgetSettings) -> None:
     """Every name in the settings is one we know, and they go together. Raises UsageError."""
-    init = lookup(INITS, settings.init, "initialisation")
+    init = lookup(INITS, settings.init, "--init")
     loss_functions(settings)
     for table, name, what in (
         (SCORES, settings.score, "--score"),

@@ -20,6 +20,7 @@ from .metrics import Score
 from .settings import SuiteSettings
 from .tofu import capped, common_scores, prefixed, utility
 
+READS = ("forget", "retain", "holdout")
 WRONG_ANSWERS = 5  # per row, as TOFU has
 BORROWED = "wrong answers are those of other rows of the same kind, so the truth ratio is easier than TOFU's"
 
@@ -30,7 +31,7 @@ def load(settings: SuiteSettings) -> list[EvaluationSet]:
         raise UsageError("--suite own needs --forget, the rows that should be forgotten.")
     generation = Generation(settings.new_tokens) if settings.generate else None
     found = []
-    for name in ("forget", "retain", "holdout"):
+    for name in READS:
         source = getattr(settings, name)
         if source is not None:
             rows = capped(read_rows(source, layout(settings)).rows, settings.max_rows)

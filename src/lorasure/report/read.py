@@ -87,14 +87,18 @@ class Run:
         return self.files.get(weights_of(self.files) or "")
 
     def role(self, about: Mapping[str, Any]) -> str | None:
-        """What an evaluated model is to this run; None if it is another run's adapter."""
+        """What an evaluated model is to this run; None if it is another run's adapter or merged weights."""
         if about["adapter"]:
             return "after" if about["adapter"]["sha256"] == self.adapter else None
         weights = set(about["model"]["files"].values())
         merged = {digest for name, digest in self.files.items() if name.startswith(f"{artifacts.MERGED}/")}
         if weights and weights <= merged:
             return "after"
-        return "before" if _identity(about["model"]) == _identity(self.summary["base"]) else "retrained"
+        if _identity(about["model"]) == _identity(self.summary["base"]):
+            return "before"
+        source = Path(about["model"]["source"])  # what a run has merged knew the text once, whichever run it was
+        merged_by_a_run = source.name == artifacts.MERGED and (source.parent / artifacts.SUMMARY).is_file()
+        return None if merged_by_a_run else "retrained"
 
 
 def _identity(model: Mapping[str, Any]) -> Any:

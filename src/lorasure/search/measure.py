@@ -34,7 +34,7 @@ class Measure:
     def __init__(self, folder: Path, spec: Spec, bench: Workbench) -> None:
         self.folder, self.settings, self.bench = folder, spec.evaluation, bench
         self.suite = SUITES[self.settings.suite]
-        self.sets = self.suite.load(self.settings)
+        self.sets = self.suite.sets(self.settings)
 
     @property
     def watched(self) -> list[EvaluationSet]:

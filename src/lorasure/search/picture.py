@@ -60,7 +60,7 @@ def show(result: Mapping[str, Any], folder: Path, as_json: bool = False) -> None
     from rich.text import Text
 
     heads = ("trials", "extraction\nstrength", "forget\nprobability", "utility,\nshare", "log10 forget\nquality")
-    table = Table("method", "chosen", *(Column(head, justify="right") for head in heads))
+    table = Table("method", Column("chosen", overflow="fold"), *(Column(head, justify="right") for head in heads))
     table.title, table.title_justify = Text(f"the best of each method: {escaped(str(folder))}/best"), "left"
     for name, row in result["methods"].items():
         count = f"{row['trials']}" + (f" ({row['stopped']} stopped)" if row["stopped"] else "")

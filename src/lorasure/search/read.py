@@ -115,8 +115,9 @@ class _Reader:
         own = {name: self.typed(value, kinds(hints[name]), f"evaluation: {name}") for name, value in given.items()}
         self.known(dict.fromkeys(SUITES), own.get("suite", "own"), "evaluation: suite", "suite")
         common = {f.name: fixed[f.name] for f in fields(ModelSettings) if f.name in fixed}
-        data = {"forget": fixed["forget"], "retain": fixed["retain"], "generate": False, "out": "-"}
-        return self.made(EvaluateSettings.from_dict, common | data | own, "evaluation")
+        trained = {name: fixed[name] for name in ("forget", "retain") if own.get("suite", "own") == "own"}
+        more = {"generate": False, "out": "-"}
+        return self.made(EvaluateSettings.from_dict, common | trained | more | own, "evaluation")
 
     def method(self, name: str, given: Any, fixed: Mapping[str, Any], shared: Mapping[str, Any]) -> Method:
         if not NAME.fullmatch(name):

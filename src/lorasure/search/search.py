@@ -14,13 +14,14 @@ import torch
 
 from .. import artifacts, folders, libraries
 from ..data.load import rows_hash
-from ..errors import KEPT, UsageError, one_line
+from ..errors import KEPT, DataError, UsageError, one_line
 from ..evaluate.evaluation import check_comparable
 from ..evaluate.logs import open_evaluation
 from ..failures import explained
 from ..interrupt import sigterm_unwinds
 from ..lock import PAUSE, queued
 from ..model_files import check_model_folder
+from ..models import load_tokenizer
 from ..pipeline import identity
 from ..progress import Reporter
 from .finish import BEST, EVALUATIONS, finish, is_model, write_trials
@@ -130,7 +131,11 @@ def _check_reference(spec: Spec, runner: Runner) -> None:
     if spec.reference is None:
         return
     if is_model(spec.reference):
-        check_model_folder(spec.reference, spec.base.allow_pickle)
+        try:
+            check_model_folder(spec.reference, spec.base.allow_pickle)
+            load_tokenizer(spec.reference, allow_pickle=spec.base.allow_pickle)  # of the hub, too: its least file
+        except DataError as error:
+            raise DataError(f"reference: {error}".replace("--model ", "", 1)) from error
     else:
         check_comparable(runner.measure.to_be(), open_evaluation(Path(spec.reference)))
 
