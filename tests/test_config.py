@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -35,6 +36,12 @@ NAMES = {
     "schedule": SCHEDULES,
     "dtype": DTYPES,
 }
+
+
+def test_a_path_may_be_given_as_one():
+    """As Python programs hold them; settings that are stored are text."""
+    given = {name: Path("~") / name for name in NEEDED}
+    assert ForgetSettings(**given) == ForgetSettings(**{name: f"~/{name}" for name in NEEDED})
 
 
 def field_of(settings, name):

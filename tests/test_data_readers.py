@@ -145,6 +145,11 @@ def test_blank_and_repeated_rows_are_left_out_and_listed(write):
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "a.jsonl:1: not usable JSON"),
         ("a.jsonl", json.dumps([SECRET]), "a.jsonl:1: expected an object with named values, found a list"),
         ("a.jsonl", lines({"frage": SECRET}), "a.jsonl:1: found the columns frage; expected one of: question + answer"),
+        (
+            "a.csv",
+            f"question;answer\n{SECRET};Ada\n",
+            "(or set --prompt-key, --answer-key or --text-key). Columns are sepa",
+        ),
         ("a.csv", f"Who is {SECRET}?,Ada\nWho?,Bob\n", "a.csv:2: found the columns (2, not shown because they"),
         ("a.csv", f"question,answer\nA,{SECRET},B\n", "a.csv:2: found 3 values, the header has 2"),
         ("a.csv", f'question,answer\n\nA,"{SECRET}\n', "a.csv:3: not valid CSV"),

@@ -376,6 +376,13 @@ def test_a_wrong_reference_is_refused_before_anything_is_measured(
     assert not (tmp_path / "one").exists()
 
 
+def test_a_model_for_a_reference_is_told_from_nothing(
+    command: Callable[..., list[str]], model_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(command("one", "--reference", str(model_folder))) == 3
+    assert "a model, not an evaluation of one" in capsys.readouterr().err
+
+
 def test_own_data_needs_no_reference_and_says_what_is_undefined(
     tmp_path: Path, model_folder: Path, data_files: tuple[Path, Path], capsys: pytest.CaptureFixture
 ) -> None:

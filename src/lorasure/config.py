@@ -54,7 +54,7 @@ class Settings:
                 raise UsageError(f"{flag(f.name)} must name a file or folder, got nothing.")
             if isinstance(value, str) and UNWRITABLE.search(value):
                 raise UsageError(f"{flag(f.name)} holds a NUL or a byte that is not UTF-8, which no file can record.")
-            if isinstance(value, str) and meta.get("path"):  # a shell resolves `~` in flags; in YAML nobody does
+            if isinstance(value, str | Path) and meta.get("path"):  # a shell resolves `~` in flags; in YAML nobody does
                 object.__setattr__(self, f.name, os.path.expanduser(value))
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue

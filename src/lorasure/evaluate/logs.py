@@ -107,6 +107,10 @@ def open_evaluation(path: Path) -> Evaluation:
             return _read_log(file)
     if (path / SCORES).is_file():
         raise DataError(f"{path}: the records of this evaluation were removed; the scores are still in {SCORES}.")
+    if (path / "config.json").is_file():
+        raise DataError(
+            f"{path}: a model, not an evaluation of one. Make that first: lorasure evaluate --model {path}."
+        )
     names = ", ".join([ABOUT, *(log.file for log in LOGS)])
     raise DataError(f"{path}: no evaluation there. Looked for a folder with one of {names}, or the file of such a log.")
 

@@ -131,7 +131,7 @@ def _robust(run: Run) -> Promise:
     if before:
         figures += _figures(metric, {"before": before})
     if all(r and _least(p.scores[metric]) <= _most(r) for p, r in pairs):
-        text = "No attack that was run brings back more than it does in a model that never saw the forget set."
+        text = "No attack that was run brings back more, beyond chance, than in a model that never saw the forget set."
         return Promise(question, "Against these attacks", "good", text, figures)
     if before and _value(score) > STILL_KNOWN * _value(before):
         return Promise(question, "No", "bad", "An attack brings more than half of it back.", figures)
