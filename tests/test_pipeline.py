@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny_model
 from conftest import write_rows
-from lorasure import artifacts, check, finetune, folders, lora, pipeline, stages, train
+from lorasure import artifacts, check, finetune, folders, lora, pipeline, progress, stages, train
 from lorasure.check import check_export
 from lorasure.config import FinetuneSettings, ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError
@@ -107,6 +108,19 @@ def test_the_base_is_never_written(settings, model_folder):
     before = {p: artifacts.sha256(p) for p in model_folder.iterdir()}
     pipeline.forget(settings(merge=True))
     assert before == {p: artifacts.sha256(p) for p in model_folder.iterdir()}
+
+
+def test_a_stage_without_a_terminal_says_where_it_is(capsys, monkeypatch):
+    clock = itertools.count(step=40)  # seconds
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    with Reporter().stage("train", 4, "steps") as advance:
+        for _ in range(4):
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "train        2 of 4 steps",
+        "train        4 of 4 steps",
+        "train        4 steps in 280.0 s (0 steps/s)",
+    ]
 
 
 def test_merged_weights_equal_base_and_adapter(settings, model_folder):

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from .errors import escaped
 
+EVERY = 60  # seconds between the lines of a stage where there is no terminal, and so no bar: in a batch job's log
+
 
 class RateColumn(ProgressColumn):
     """Rows or steps per second."""
@@ -46,8 +48,16 @@ class Reporter:
         live = self.console.is_terminal and not self.console.quiet
         bar = Progress(*columns, console=self.console, transient=True, disable=not live)
         with bar if live else nullcontext():
-            task = bar.add_task(name, total=total, unit=unit)
-            yield lambda done: bar.advance(task, done)
+            task, said = bar.add_task(name, total=total, unit=unit), began
+
+            def advance(done: int) -> None:
+                nonlocal said
+                bar.advance(task, done)
+                if not live and time.perf_counter() - said > EVERY:
+                    said = time.perf_counter()
+                    self.note(f"{name:<12} {bar.tasks[task].completed:.0f} of {total} {unit}")
+
+            yield advance
         took = time.perf_counter() - began
         self.seconds[name] = self.seconds.get(name, 0.0) + took
         amount = f"{total} {unit} in {took:.1f} s ({total / took:.0f} {unit}/s)" if total else f"{took:.1f} s"

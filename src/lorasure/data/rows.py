@@ -98,7 +98,7 @@ def _columns(record: Mapping[str, Any], layout: Layout, place: str) -> tuple[str
         return found
     named = prompt or answer or layout.text_key
     wanted = " and ".join(missing) if named else f"one of: {ACCEPTED} (or set --prompt-key, --answer-key or --text-key)"
-    hint = " Columns are separated by commas." if len(record) == 1 and re.search(r"[;\t|]", *record) else ""
+    hint = " Columns are separated by commas." if len(record) == 1 and re.search(r"[;\t|]", next(iter(record))) else ""
     raise DataError(f"{place}: found the columns {_names(record, place)}; expected {wanted}.{hint}")
 
 
