@@ -183,6 +183,13 @@ def test_what_is_read_is_never_replaced(tmp_path):
         folders.check_new(tmp_path / "run", overwrite=True, reads={"--model": str(reads)})
 
 
+def test_what_another_kind_of_command_made_is_never_replaced(tmp_path):
+    make(tmp_path / "run")
+    folders.check_new(tmp_path / "run", overwrite=True, mark="a.txt")
+    with pytest.raises(UsageError, match=r"another kind of command made it \(there is no evaluation\.json\)"):
+        folders.check_new(tmp_path / "run", overwrite=True, mark="evaluation.json")
+
+
 @pytest.mark.parametrize(("error", "note"), [(NumericError, KEPT_TO_CHANGE), (ResourceError, KEPT)])
 def test_what_would_fail_again_is_not_said_to_go_on(tmp_path, error, note):
     with pytest.raises(error) as found, folders.resumable_folder(tmp_path / "run", {"lr": 1}) as partial:

@@ -46,7 +46,8 @@ def attack(run: Path, settings: AttackSettings, reporter: Reporter | None = None
     rules = parse_gate(settings.gate, chosen)
     run = run.resolve()
     out = Path(settings.out) if settings.out else run.with_name(f"{run.name}-attacks")
-    folders.check_new(out, settings.overwrite, settings.resume, {"RUN": str(run), **folders.read_by(settings)})
+    reads = {"RUN": str(run), **folders.read_by(settings)}
+    folders.check_new(out, settings.overwrite, settings.resume, reads, ABOUT)
     artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY, *change_files(run))
     bench = _Bench.of(run, settings)
     with reporter.held(), reporter.stage("load"):

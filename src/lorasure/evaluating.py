@@ -47,7 +47,7 @@ def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None)
     suite = lookup(SUITES, settings.suite, "--suite")
     settings = _with_run(settings)
     out = Path(settings.out)
-    folders.check_new(out, settings.overwrite, settings.resume, folders.read_by(settings))
+    folders.check_new(out, settings.overwrite, settings.resume, folders.read_by(settings), ABOUT)
     with reporter.held():
         with reporter.stage("read data"):
             sets = suite.sets(settings)

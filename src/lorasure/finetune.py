@@ -29,7 +29,7 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     """Learn the rows, with all weights or with LoRA, and save a whole model, its tokenizer and the account in `out`."""
     reporter = reporter or Reporter(quiet=True)
     out = Path(settings.out)
-    folders.check_new(out, settings.overwrite, settings.resume, folders.read_by(settings))
+    folders.check_new(out, settings.overwrite, settings.resume, folders.read_by(settings), artifacts.FINETUNED)
     lookup(SCHEDULES, settings.schedule, "--schedule")
     check_template(settings.template)
     if settings.quantize:

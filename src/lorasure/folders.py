@@ -38,11 +38,18 @@ def check_new_file(path: Path, flag: str, overwrite: bool) -> None:
         raise UsageError(f"{flag} {path}: there is something of that name. Choose another one, or add --overwrite.")
 
 
-def check_new(out: Path, overwrite: bool = False, resume: bool = False, reads: Mapping[str, str] | None = None) -> None:
+def check_new(
+    out: Path,
+    overwrite: bool = False,
+    resume: bool = False,
+    reads: Mapping[str, str] | None = None,
+    mark: str = MANIFEST,
+) -> None:
     """Refuse an output folder that cannot be made or resumed, or whose content the user did not say to replace.
 
-    What gets replaced is deleted, so only a folder with a manifest of ours is: never somebody's home by a slip. Nor one
-    that holds anything of what the command `reads` (flag -> path): the base of a run stays untouched.
+    What gets replaced is deleted, so only a folder with a manifest of ours is, and with the file `mark` that this kind
+    of command leaves: never somebody's home by a slip, nor a run by its evaluation. Nor one that holds anything of what
+    the command `reads` (flag -> path): the base of a run stays untouched.
     """
     _check_place(out)
     for name, path in (reads or {}).items():
@@ -53,6 +60,8 @@ def check_new(out: Path, overwrite: bool = False, resume: bool = False, reads: M
         with locked(out.resolve()):
             pass
     _check_content(out, overwrite, resume)
+    if overwrite and (out / MANIFEST).is_file() and not (out / mark).is_file():
+        raise UsageError(f"--out {out}: another kind of command made it (there is no {mark}); choose another one.")
 
 
 def read_by(settings: Settings) -> dict[str, str]:

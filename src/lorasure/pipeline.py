@@ -154,7 +154,7 @@ def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tu
     """A checked workbench and the folder of a new run. What is wrong with the input shows before a folder exists."""
     with processes.joined(), _own_place(settings) as own:
         out = Path(own.out)
-        folders.check_new(out, own.overwrite, own.resume, folders.read_by(own))
+        folders.check_new(out, own.overwrite, own.resume, folders.read_by(own), artifacts.SUMMARY)
         bench = Workbench(own, reporter)
         with bench.reporter.held():
             fit_memory(bench)

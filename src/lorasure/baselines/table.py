@@ -70,7 +70,7 @@ def run_baseline(name: str, settings: OutSettings, reporter: Reporter | None = N
     """
     row = lookup(BASELINES, name, "baseline")
     out = Path(settings.out)
-    folders.check_new(out, settings.overwrite, settings.resume, folders.read_by(settings))
+    folders.check_new(out, settings.overwrite, settings.resume, folders.read_by(settings), artifacts.SUMMARY)
     bench = Workbench(_shared(settings, row.fixed), reporter)
     bench.prepare()
     own = identity(settings, dict(zip(("forget", "retain"), bench.data, strict=True)), bench.fingerprint)
