@@ -476,7 +476,7 @@ def test_stage_commands_from_another_folder(base, model_folder, data_files, tmp_
     assert not (tmp_path / "staged" / "trained.safetensors").exists()
     capsys.readouterr()
     assert cli.main(["export", "../staged"]) == 3
-    assert "run the stage before this one first" in capsys.readouterr().err
+    assert "there is no trained.safetensors: its stage has not been run" in capsys.readouterr().err
 
 
 def test_finetune_whole_and_low_rank(base, data_files, tmp_path, capsys):

@@ -285,7 +285,8 @@ def check_run(run: Path, *needed: str) -> None:
     listed = read_manifest(run)
     for name in needed:
         if name not in listed or not (run / name).is_file():
-            raise DataError(f"{run}: there is no {name} yet; run the stage before this one first.")
+            why = "its stage has not been run, it was purged, or another command made this folder"
+            raise DataError(f"{run}: there is no {name}: {why}.")
         if sha256(run / name) != listed[name]:
             raise DataError(f"{run}/{name}: the file was changed after it was written (its sha256 differs).")
 
