@@ -48,7 +48,7 @@ def test_damaged_files_are_data_errors(tmp_path, data):
 def test_check_run_sees_every_change(tmp_path):
     run = tmp_path / "run"
     make(run)
-    with pytest.raises(DataError, match=r"there is no c\.txt yet"):
+    with pytest.raises(DataError, match=r"there is no c\.txt: its stage"):
         artifacts.check_run(run, "c.txt")
     (run / "a.txt").write_text("0ne")
     with pytest.raises(DataError, match="changed after it was written"):

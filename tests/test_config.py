@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, FrozenInstanceError, fields
+from dataclasses import MISSING, FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from lorasure.losses.forget import FORGET_LOSSES
 from lorasure.losses.retain import RETAIN_LOSSES
 from lorasure.models import DTYPES
 from lorasure.schedule import SCHEDULES
-from lorasure.workbench import check_names
+from lorasure.workbench import check_used, ignored
 
 NEEDED = {"model": "m", "forget": "f", "retain": "r", "out": "o"}
 ALL = [ForgetSettings, FinetuneSettings, DemoSettings]
@@ -128,14 +128,15 @@ def test_what_a_start_makes_no_use_of_is_refused(init, tmp_path):
     ):
         settings = ForgetSettings(**NEEDED, init=init, **{name: given})
         if init in users:
-            check_names(settings)
+            assert not ignored(settings)
             continue
         with pytest.raises(UsageError, match=f"^--{name} {given}: --init {init} makes no use of it; choose") as refused:
-            check_names(settings)
-        named = str(refused.value).split("choose --init ")[1].replace(",", " ").rstrip(".").split()
+            check_used(settings)
+        assert not ignored(replace(settings, **ignored(settings)))
+        named = str(refused.value).split("choose --init ")[1].replace(",", " ").split("or leave it out")[0].split()
         assert set(named) & INITS.keys() == users and ("--coverage" in named) == (name == "importance")
     ranked = {"coverage": 0.5, "score": "variance", "space": "lora"}
-    check_names(ForgetSettings(**NEEDED, init=init, importance=str(tmp_path), **ranked))
+    check_used(ForgetSettings(**NEEDED, init=init, importance=str(tmp_path), **ranked))
 
 
 def test_defaults():

@@ -233,7 +233,7 @@ def some(**about: object) -> Evaluation:
         (some(template="qa"), "their template differs"),
         (some(tokenizer="abc"), "their tokenizer differs"),
         (some(split="forget05"), "their split differs"),
-        (some(sets={"forget": {"tokens": "b"}}), "the rows of set 'forget' are the same, but not their wrong answers"),
+        (some(sets={"forget": {"tokens": "b"}}), "the rows of set 'forget' are the same, but not their tokens"),
         (replace(some(), sets={"forget": some().sets["forget"][:1]}), "2 rows in one, 1 in the other"),
         (replace(some(), sets={"forget": some().sets["forget"][::-1]}), "row 0 of set 'forget' is another one"),
     ],

@@ -200,7 +200,9 @@ def test_an_interrupted_request_goes_on(
 def test_muse_s_protocols(tmp_path: Path, model_folder: Path, protocol: str, capsys: Capture) -> None:
     data, out = make_muse(tmp_path / "news"), tmp_path / "out"
     command = ["sequence", str(data), "--protocol", protocol, "--model", str(model_folder), "--out", str(out)]
-    assert main([*command, *QUICK]) == 0
+    retain = write_rows(tmp_path / "keep.jsonl", [{"text": f"Kept {i}. " * 9} for i in range(4)])
+    own = ["--retain", str(retain), "--init", "fila", "--split", "published"] if protocol == "scal" else []
+    assert main([*command, *QUICK, *own]) == 0
     chain = [weights(model_folder)] * 4
     if protocol == "sust":
         chain[1:] = [weights(out / f"request-{n}" / "merged") for n in (1, 2, 3)]

@@ -32,9 +32,9 @@ from .progress import Reporter
 from .registry import lookup
 
 HIDDEN_ROWS = 100
-# Settings that an evaluation of a run takes from it, unless given: its rows, and how they are read and asked.
+# Settings that an evaluation of a run takes from it, unless given: its rows, and if it takes these how they are read.
 KEYS_OF_RUN = ("forget", "retain")
-WITH_ROWS = ("template", "prompt_key", "answer_key", "text_key")
+WITH_ROWS = ("prompt_key", "answer_key", "text_key")
 NOT_IDENTITY = ("out", "overwrite", "resume", "json", "reference", "device", "tokens_per_batch")
 
 
@@ -69,18 +69,16 @@ def evaluate_model(settings: EvaluateSettings, reporter: Reporter | None = None)
 
 
 def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
-    """The settings, with the data of the run whose adapter is evaluated where none is named."""
+    """The settings, with the template and the data of the run whose adapter is evaluated where none is named."""
     if settings.adapter is None:
         return settings
     change_folder(settings.adapter)
-    if settings.suite != "own":
-        return settings
     config = Path(settings.adapter) / artifacts.CONFIG
     stored = artifacts.read_yaml(config) if config.is_file() else {}
-    taken = {key: getattr(settings, key) or stored.get(key) for key in KEYS_OF_RUN}
-    if settings.forget is None:
-        usual = {f.name: f.default for f in fields(EvaluateSettings)}
-        taken |= {key: stored[key] for key in WITH_ROWS if key in stored and getattr(settings, key) == usual[key]}
+    names = ["template", *(KEYS_OF_RUN if settings.suite == "own" else ())]
+    names += WITH_ROWS if settings.suite == "own" and settings.forget is None else ()
+    usual = {f.name: f.default for f in fields(EvaluateSettings)}
+    taken = {key: stored[key] for key in names if key in stored and getattr(settings, key) == usual[key]}
     return replace(settings, **taken)
 
 

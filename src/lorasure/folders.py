@@ -206,8 +206,13 @@ def _work_folder(
             if not holds_progress(partial) or (fresh and isinstance(error, UsageError)):
                 _remove(partial)
             elif not isinstance(error, UsageError):  # the same command would be refused again
-                error.add_note(KEPT_TO_CHANGE if isinstance(error, NumericError) else KEPT)
+                error.add_note(KEPT_TO_CHANGE if isinstance(error, NumericError) and _has_rate(partial) else KEPT)
             raise
+
+
+def _has_rate(partial: Path) -> bool:
+    """Whether a learning rate is among what the result depends on."""
+    return "lr" in artifacts.read_json(partial / IDENTITY)["identity"]
 
 
 @contextmanager

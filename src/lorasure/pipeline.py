@@ -39,7 +39,7 @@ from .stages import (
     update_summary,
 )
 from .train_stage import attach_start, train_adapter
-from .workbench import Workbench
+from .workbench import Workbench, check_used
 
 ANY_TIME = PER_CALL | {"device", "tokens_per_batch"}  # settings that no result depends on
 SETTLED = {  # by these files
@@ -156,6 +156,7 @@ def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tu
         out = Path(own.out)
         folders.check_new(out, own.overwrite, own.resume, folders.read_by(own), artifacts.SUMMARY)
         bench = Workbench(own, reporter)
+        check_used(own)
         with bench.reporter.held():
             fit_memory(bench)
             bench.prepare()
@@ -234,14 +235,14 @@ def _reopen(
         data, base = artifacts.read_json(run / artifacts.DATA), artifacts.read_json(run / artifacts.SUMMARY)["base"]
         checks = [
             (f"--model {settings.model}: the weights have", bench.fingerprint["files"], base["files"]),
-            (f"--model {settings.model}: its {CONFIG} has", bench.fingerprint["config"], base["config"]),
+            (f"--model {settings.model}: its {CONFIG} has", bench.fingerprint["config"], base.get("config")),
         ]
         for name, part in zip(("forget", "retain"), bench.data, strict=True):
             where, now, before = f"--{name} {part.source}", part.about(), data[name]
             checks.append((f"{where}: the rows have", now["sha256"], before["sha256"]))
-            checks.append((f"{where}: its tokens or groups have", now["tokens_sha256"], before["tokens_sha256"]))
+            checks.append((f"{where}: its tokens or groups have", now["tokens_sha256"], before.get("tokens_sha256")))
     for what, now, before in checks:
-        if now != before:
+        if before is not None and now != before:  # runs of before do not say all of it
             raise DataError(f"{what} changed since {run} was made; start a new run.")
     return bench
 

@@ -229,6 +229,7 @@ class Ledger:
         found = _scores(_as(SuiteSettings, self.settings, **model), sets, self.reporter)
         if self.asked.data:
             muse = {"suite": "muse", "data": self.asked.data, "out": str(self.out / f"muse_{name}"), "overwrite": True}
+            muse |= {"retain": None, "split": None}  # of forgetting, not of MUSE
             found |= evaluating.evaluate_model(_as(EvaluateSettings, self.settings, **model, **muse), self.reporter)
         self.measured[name] = found
         plain = {

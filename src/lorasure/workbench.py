@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -275,21 +276,25 @@ def check_names(settings: ForgetSettings) -> None:
         )
     if settings.importance and not Path(settings.importance).is_dir():
         raise UsageError(f"--importance {settings.importance}: there is no such run folder.")
-    _check_used(settings, init)
 
 
-def _check_used(settings: ForgetSettings, init: Init) -> None:
-    """What this start would ignore is refused: the run would record it as if it had been used."""
-    s = settings
-    weighted = [name for name, row in INITS.items() if row.evidence == "importance"]
-    divided = [name for name, row in INITS.items() if row.compensated]
-    for name, given, starts, more in (
-        ("importance", s.importance and s.coverage == 1, weighted, ", or --coverage below 1"),
-        ("solver", s.solver != ForgetSettings.solver, weighted, ""),
-        ("split", s.split not in (None, init.split), divided, ""),
-    ):
-        if given and s.init not in starts:
-            choices = f"{', '.join(starts[:-1])} or {starts[-1]}{more}"
-            raise UsageError(
-                f"--{name} {getattr(s, name)}: --init {s.init} makes no use of it; choose --init {choices}."
-            )
+def ignored(settings: ForgetSettings) -> dict[str, Any]:
+    """What was asked for and the start makes no use of, with the values that ask for nothing."""
+    s, init = settings, INITS[settings.init]
+    unused = {
+        "importance": s.importance is not None and init.evidence != "importance" and s.coverage == 1,
+        "solver": s.solver != ForgetSettings.solver and init.evidence != "importance",
+        "split": s.split not in (None, init.split) and not init.compensated,
+    }
+    return {name: getattr(ForgetSettings, name) for name, found in unused.items() if found}
+
+
+def check_used(settings: ForgetSettings) -> None:
+    """Refuse what the start of a new run would ignore: the run would record it as if it had been used."""
+    for name, nothing in ignored(settings).items():
+        users = [init for init in INITS if name not in ignored(replace(settings, init=init))]
+        more = ", --coverage below 1" if name == "importance" else ""
+        raise UsageError(
+            f"--{name} {getattr(settings, name)}: --init {settings.init} makes no use of it; choose --init "
+            f"{', '.join(users)}{more}, or leave it out (--{name} {nothing or 'null'})."
+        )

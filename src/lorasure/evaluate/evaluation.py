@@ -110,8 +110,8 @@ def check_comparable(one: Evaluation, other: Evaluation) -> None:
         a, b = (evaluation.about.get("sets", {}).get(name, {}).get("tokens") for evaluation in (one, other))
         if a is not None and b is not None and a != b:
             raise DataError(
-                f"{both}: the rows of set '{name}' are the same, but not their wrong answers or where they are cut "
-                "(perturbed_answer, paraphrased_answer, --seed, --max-length)."
+                f"{both}: the rows of set '{name}' are the same, but not their tokens (chat template, "
+                "perturbed_answer, paraphrased_answer, --seed, --max-length)."
             )
 
 
@@ -151,7 +151,7 @@ def _line(record: Record) -> str:
     try:
         return json.dumps(record, allow_nan=False) + "\n"
     except ValueError as error:
-        raise NumericError(f"evaluate: a value of row {record['row']} is not finite. Nothing was written.") from error
+        raise NumericError(f"evaluate: a value of row {record['row']} is not finite.") from error
 
 
 def read_evaluation(folder: Path) -> Evaluation:

@@ -86,9 +86,10 @@ def _reference(spec: Spec, folder: Path, reporter: Reporter) -> str | None:
         return spec.reference
     settings, out = replace(spec.evaluation, model=spec.reference, revision=None), folder / REFERENCE
     if _of_another(out, settings, "model"):
-        for path in (folder / EVALUATIONS).iterdir():  # first: they do not tell that this is another model
+        for path in filter(Path.is_dir, (folder / EVALUATIONS).iterdir()):  # they do not tell that this is another
             shutil.rmtree(path)
-        shutil.rmtree(out)
+        for path in filter(Path.is_dir, (folders.partial_of(out), out)):
+            shutil.rmtree(path)
     _evaluation(settings, out, reporter)
     return str(out)
 
@@ -103,9 +104,12 @@ def _evaluation(settings: EvaluateSettings, out: Path, reporter: Reporter) -> di
 
 
 def _of_another(out: Path, settings: EvaluateSettings, key: str) -> bool:
-    """Whether there is an evaluation whose model or reference (`key`) is another: a SPEC's reference may change."""
-    there = (out / artifacts.MANIFEST).is_file()
-    return there and artifacts.read_json(out / ABOUT)["settings"][key] != settings.located()[key]
+    """Whether an evaluation, begun or done, has another model or reference (`key`): a SPEC's reference may change."""
+    wanted = settings.located()[key]
+    begun, done = folders.partial_of(out) / artifacts.IDENTITY, out / ABOUT
+    return (begun.is_file() and artifacts.read_json(begun)["identity"].get(key, wanted) != wanted) or (
+        done.is_file() and artifacts.read_json(done)["settings"][key] != wanted
+    )
 
 
 def write_trials(study: Study) -> None:

@@ -21,7 +21,7 @@ from ..memory import is_out_of_memory
 from ..progress import Reporter
 from ..stages import measure_importance
 from ..train_stage import train_adapter
-from ..workbench import Workbench
+from ..workbench import Workbench, ignored
 from .choose import COMPLETE, objective
 from .measure import Measure
 from .spec import Spec, corners
@@ -82,7 +82,7 @@ class Runner:
         bench = self._workbench(settings)
         if bench.measures_importance and not settings.importance:
             settings = replace(settings, importance=str(self._importance(bench).absolute()))
-        return settings
+        return replace(settings, **ignored(settings))  # what all methods share may be for some of them
 
     def run(self, trial: Trial) -> tuple[dict[str, Any], float]:
         """(result, what is minimised) of a trial. What an interrupted one had finished is used when it is run again.
