@@ -528,3 +528,30 @@ def test_threads_that_wait_soon_give_way_unless_the_user_says_otherwise(monkeypa
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     libraries.settle()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+def test_overwrite_spares_what_is_read_and_what_another_kind_of_command_made(base, fails, tmp_path, model_folder):
+    """Each command: a model, run or evaluation with a manifest that names nothing stays as it is."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    for folder in (model, evaluation):
+        (folder / "manifest.json").write_text("{}")
+    (evaluation / "evaluation.json").write_text("{}")
+    at = base.index("--forget")
+    forget, rows = ["forget", "--model", str(model), *base[at : at + 4]], base[at + 1]
+    for given, out, said in (
+        (forget, model, "would delete what is read, --model"),
+        (["finetune", "--model", str(model), "--data", rows], model, "would delete what is read, --model"),
+        (["evaluate", "--model", str(model), "--forget", rows], model, "would delete what is read, --model"),
+        (["task-arithmetic", *forget[1:]], model, "would delete what is read, --model"),
+        (["attack", str(evaluation)], evaluation, "would delete what is read, RUN"),
+        (forget, evaluation, "another kind of command made it (there is no summary.json)"),
+        (["uld", *forget[1:]], evaluation, "another kind of command made it (there is no summary.json)"),
+        (["finetune", "--model", str(model), "--data", rows], evaluation, "(there is no finetune.json)"),
+        (["attack", str(model)], evaluation, "(there is no attack.json)"),
+    ):
+        before = sorted(path.name for path in out.iterdir())
+        fails(2, [*given, "--out", str(out), "--overwrite"], said)
+        assert sorted(path.name for path in out.iterdir()) == before
