@@ -435,7 +435,7 @@ def test_the_check_holds_logits_of_few_tokens_of_one_row_only(settings, data_fil
     ("forget", "retain", "known", "harmed", "said"),
     [
         (0.8, 0.9, True, False, "still known. Try a higher learning rate (--lr 0.0003)"),
-        (0.1, 0.5, False, True, "retain set suffered"),
+        (0.1, 0.5, False, True, "retain set suffered. Try `lorasure export RUN --export-scale 0.81`, a lower"),
         (0.1, 0.9, False, False, "is forgotten"),
     ],
 )
@@ -444,6 +444,7 @@ def test_verdict(forget, retain, known, harmed, said):
         return {"forget": {"value": f}, "retain": {"value": r}}
 
     summary = {"before": scores(0.9, 0.9), "after": scores(forget, retain), "settings": {"lr": 1e-4}}
+    summary |= {"export": {"scale": 0.9}}
     found = stages.verdict(summary)
     assert (found["still_known"], found["retain_harmed"]) == (known, harmed) and said in found["text"]
     summary["before"]["forget"]["value"] = 0.001

@@ -257,11 +257,7 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     before, after = summary["before"], summary["after"]
     known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
     harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
-    method = (
-        summary["method"]
-        if "method" in summary
-        else _advice(learning_rate(summary), summary["export"].get("scale", 1.0))
-    )
+    method = summary.get("method") or _advice(learning_rate(summary), summary["export"]["scale"])
     text = "The forget set is forgotten by this measure and the retain set is kept."
     if before["forget"]["value"] < HARDLY_KNOWN:
         text = "The forget set was hardly known before, so this measure shows nothing; see `lorasure probe`."
