@@ -315,9 +315,9 @@ def test_an_interrupted_evaluation_resumes_to_the_same_records(
     assert (tmp_path / "whole/scores.json").read_bytes() == (tmp_path / "torn/scores.json").read_bytes()
 
 
-def test_resuming_with_other_data_is_refused(
-    tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Stop an evaluation by Ctrl-C where it comes to the retain set."""
     original = collecting._answered
 
     def stops_in_retain(subject: Subject, block: list, *more: object) -> list:
@@ -325,26 +325,34 @@ def test_resuming_with_other_data_is_refused(
             raise KeyboardInterrupt
         return original(subject, block, *more)
 
-    monkeypatch.setattr(collecting, "_answered", stops_in_retain)
-    assert main(command("torn")) in (75, 130)
+    def run(arguments: list[str]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(collecting, "_answered", stops_in_retain)
+            assert main(arguments) in (75, 130)
+
+    return run
+
+
+def test_resuming_with_other_data_is_refused(
+    tmp_path: Path,
+    command: Callable[..., list[str]],
+    interrupt: Callable[[list[str]], None],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    interrupt(command("torn"))
     (tmp_path / "tofu" / "retain_perturbed.json").write_text(json.dumps(ROW))
     assert main(command("torn", "--resume")) == 2
     assert "retain rows" in capsys.readouterr().err
 
 
 def test_resuming_with_other_wrong_answers_or_another_dtype_is_refused(
-    tmp_path: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    command: Callable[..., list[str]],
+    interrupt: Callable[[list[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    original = collecting._answered
-
-    def stops_in_retain(subject: Subject, block: list, *more: object) -> list:
-        if "retain" in block[0].question:
-            raise KeyboardInterrupt
-        return original(subject, block, *more)
-
-    monkeypatch.setattr(collecting, "_answered", stops_in_retain)
-    assert main(command("torn")) in (75, 130)
-    monkeypatch.setattr(collecting, "_answered", original)
+    interrupt(command("torn"))
     capsys.readouterr()
     with monkeypatch.context() as patch:  # `auto`, on a machine with a GPU
         patch.setattr(evaluating, "pick_dtype", lambda *_: torch.bfloat16)

@@ -98,7 +98,7 @@ class _Bench:
         with artifacts.as_written(run / artifacts.DATA):
             stored = {name: about["sha256"] for name, about in artifacts.read_json(run / artifacts.DATA).items()}
         for name, part in data.items():
-            if part.about()["sha256"] != stored.get(name):
+            if part.text_hash != stored.get(name):
                 raise DataError(f"--{name} {part.source}: not the rows that {run} was made with.")
         return cls(run, options, settings, tokenizer, **data)
 
@@ -165,7 +165,7 @@ class _Bench:
             "tokenizer": tokenizer_hash(self.tokenizer),
             "rows": {
                 "forget": len(rows.forget),
-                "sha256": self.forget.about()["sha256"],
+                "sha256": self.forget.text_hash,
                 "scored": list(rows.scored),
                 "few": list(rows.few),
             },

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .data.load import rows_hash
 from .errors import DataError
 from .evaluate.evaluation import ABOUT, HIDDEN, Evaluation, Record, RecordFile, check_comparable, write_scores
 from .evaluate.inside import layer_means
-from .evaluate.items import EvaluationSet, Subject, items, tokens_hash
+from .evaluate.items import EvaluationSet, Subject, items, measured_hash
 from .evaluate.logs import open_evaluation, write_log
 from .evaluate.metrics import Score
 from .evaluate.settings import EvaluateSettings, ScoreSettings, SuiteSettings
@@ -77,9 +77,8 @@ def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
     stored = artifacts.read_yaml(config) if config.is_file() else {}
     names = ["template", *(KEYS_OF_RUN if settings.suite == "own" else ())]
     names += WITH_ROWS if settings.suite == "own" and settings.forget is None else ()
-    usual = {f.name: f.default for f in fields(EvaluateSettings)}
-    taken = {key: stored[key] for key in names if key in stored and getattr(settings, key) == usual[key]}
-    return replace(settings, **taken)
+    not_given = [name for name in names if getattr(settings, name) == getattr(EvaluateSettings, name)]
+    return replace(settings, **{name: stored[name] for name in not_given if name in stored})
 
 
 def change_folder(given: str) -> Path:
@@ -153,7 +152,7 @@ def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[Evaluatio
 
 
 def _about_rows(subject: Subject, chosen: EvaluationSet) -> dict[str, Any]:
-    tokens = tokens_hash(items(subject, chosen.rows, chosen.max_length)) if chosen.rows else None
+    tokens = measured_hash(items(subject, chosen.rows, chosen.max_length)) if chosen.rows else None
     return {"rows": len(chosen.rows), "sha256": rows_hash(chosen.rows), "tokens": tokens}
 
 

@@ -24,7 +24,7 @@ from .config import (
     TrainSettings,
     flag,
 )
-from .data.load import DataSet, rows_hash, tokens_hash
+from .data.load import DataSet
 from .errors import DataError, UsageError
 from .fitting import fit_memory
 from .model_files import CONFIG
@@ -238,9 +238,9 @@ def _reopen(
             (f"--model {settings.model}: its {CONFIG} has", bench.fingerprint["config"], base.get("config")),
         ]
         for name, part in zip(("forget", "retain"), bench.data, strict=True):
-            where, now, before = f"--{name} {part.source}", part.about(), data[name]
-            checks.append((f"{where}: the rows have", now["sha256"], before["sha256"]))
-            checks.append((f"{where}: its tokens or groups have", now["tokens_sha256"], before.get("tokens_sha256")))
+            where, before = f"--{name} {part.source}", data[name]
+            checks.append((f"{where}: the rows have", part.text_hash, before["sha256"]))
+            checks.append((f"{where}: its tokens or groups have", part.tokens_hash, before.get("tokens_sha256")))
     for what, now, before in checks:
         if before is not None and now != before:  # runs of before do not say all of it
             raise DataError(f"{what} changed since {run} was made; start a new run.")
@@ -272,8 +272,8 @@ def identity(settings: OutSettings, data: Mapping[str, DataSet], base: Mapping[s
     paths = {f.name for f in fields(settings) if f.metadata.get("path")}
     own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
     own["dtype"] = dtype_name(pick_dtype(own["dtype"], pick_device(own["device"])))
-    text = {f"{name}_text": rows_hash(part.read.rows) for name, part in data.items()}
-    tokens = {f"{name}_tokens": tokens_hash(part.examples) for name, part in data.items()}
+    text = {f"{name}_text": part.text_hash for name, part in data.items()}
+    tokens = {f"{name}_tokens": part.tokens_hash for name, part in data.items()}
     weights = hashlib.sha256(json.dumps(base["files"], sort_keys=True).encode()).hexdigest()
     versions = {f"{name}_version": _major(version) for name, version in artifacts.versions().items()}
     return own | text | tokens | {"weights": weights, "model_config": base["config"]} | versions

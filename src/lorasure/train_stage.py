@@ -14,7 +14,6 @@ from . import artifacts, lora
 from .calibrate import calibrate
 from .checkpoint import Keeper, Utility, remove_checkpoints
 from .config import AUTO, ForgetSettings, OptimizerSettings
-from .data.load import tokens_hash
 from .data.pairing import sample
 from .errors import DataError
 from .fitting import training_budget
@@ -174,7 +173,7 @@ def _aim(bench: Workbench, known: dict[str, Any]) -> dict[str, Any]:
 
     Of the original model, so before the adapter is attached.
     """
-    if bench.unseen is None or known.get("tokens_sha256") == (digest := tokens_hash(bench.unseen.examples)):
+    if bench.unseen is None or known.get("tokens_sha256") == bench.unseen.tokens_hash:
         return {}
     rows = bench.unseen.examples
     with bench.reporter.stage("level", len(rows)):
@@ -182,7 +181,7 @@ def _aim(bench: Workbench, known: dict[str, Any]) -> dict[str, Any]:
     bench.reporter.note(
         f"level: {level:.2f} nats per token on {len(rows)} rows that the model never saw (--stop auto)."
     )
-    return {"stop": {"level": level, "rows": len(rows), "tokens_sha256": digest}}
+    return {"stop": {"level": level, "rows": len(rows), "tokens_sha256": bench.unseen.tokens_hash}}
 
 
 def _level(bench: Workbench, wrapped: Any, weights: dict[str, float], summary: dict[str, Any]) -> Level | None:

@@ -14,7 +14,7 @@ from . import artifacts, lora, processes
 from .config import AUTO, ForgetSettings
 from .data.encode import QUESTION, TEMPLATES, refusal_rows
 from .data.examples import Example
-from .data.load import DataSet, encode_rows, load_data, load_unseen, rows_hash
+from .data.load import DataSet, encode_rows, load_data, load_unseen
 from .data.pairing import PAIRINGS, sample
 from .data.readers import check_disjoint
 from .errors import UsageError
@@ -177,8 +177,8 @@ class Workbench:
         forget, retain = self.data
         return {
             "model": {k: v for k, v in self.fingerprint.items() if k != "source"},
-            "forget": rows_hash(forget.read.rows),
-            "retain": rows_hash(retain.read.rows),
+            "forget": forget.text_hash,
+            "retain": retain.text_hash,
             "retain rows": len(self.measured_retain),
             "template": forget.encoded.template,
             "max length": forget.encoded.most,

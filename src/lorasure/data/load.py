@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,25 @@ class DataSet:
         """The rows as tokens, in row order."""
         return self.encoded.examples
 
+    @cached_property
+    def text_hash(self) -> str:
+        """`rows_hash` of the rows."""
+        return rows_hash(self.read.rows)
+
+    @cached_property
+    def tokens_hash(self) -> str:
+        """sha256 over all that training sees of the examples, in order: tokens, where the answer begins, groups.
+
+        Rows that stay the same give others where the tokenizer or its chat template has changed.
+        """
+        return hash_of([e.input_ids, e.answer_start, e.group] for e in self.examples)
+
     def about(self) -> dict[str, Any]:
         """Counts, places of what was left out or cut, and hashes; never the text."""
         return {
             "source": self.source,
-            "sha256": rows_hash(self.read.rows),
-            "tokens_sha256": tokens_hash(self.examples),
+            "sha256": self.text_hash,
+            "tokens_sha256": self.tokens_hash,
             **self.read.counts(),
             **self.encoded.counts(),
             "skipped_rows": [list(item) for item in self.read.skipped],
@@ -58,18 +72,11 @@ class DataSet:
 
 def rows_hash(rows: Sequence[Row]) -> str:
     """sha256 over prompts, messages and answers, in order."""
-    return _hash([row.kind, row.prompt, row.messages, row.answer] for row in rows)
+    return hash_of([row.kind, row.prompt, row.messages, row.answer] for row in rows)
 
 
-def tokens_hash(examples: Iterable[Example]) -> str:
-    """sha256 over all that training sees of examples, in order: tokens, where the answer begins, groups.
-
-    Rows that stay the same give others where the tokenizer or its chat template has changed.
-    """
-    return _hash([e.input_ids, e.answer_start, e.group] for e in examples)
-
-
-def _hash(values: Iterable[Any]) -> str:
+def hash_of(values: Iterable[Any]) -> str:
+    """sha256 over the JSON of each value, in order."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value).encode())

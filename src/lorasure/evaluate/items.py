@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import ModelSettings
 from ..data.examples import Example, Row
-from ..data.load import encode_rows
+from ..data.load import encode_rows, hash_of
 from ..data.rows import brought_wrong
 
 UNCUT = 1 << 16  # tokens: nothing is cut
@@ -120,13 +120,10 @@ def items(subject: Subject, rows: Sequence[Row], max_length: int | None = None) 
     return found
 
 
-def tokens_hash(items: Sequence[Item]) -> str:
+def measured_hash(items: Sequence[Item]) -> str:
     """sha256 over all that is measured of the items: what the ids of records leave out are wrong answers and cuts."""
-    digest = hashlib.sha256()
-    for item in items:
-        for example in (item.example, *([item.paraphrase] if item.paraphrase else []), *item.wrong):
-            digest.update(json.dumps([example.answer_start, *example.input_ids]).encode())
-    return digest.hexdigest()
+    examples = (e for item in items for e in (item.example, item.paraphrase, *item.wrong) if e is not None)
+    return hash_of([e.answer_start, *e.input_ids] for e in examples)
 
 
 def _item(index: int, row: Row, example: Example, others: Sequence[Example], tokenizer: Any) -> Item:

@@ -86,9 +86,8 @@ def _reference(spec: Spec, folder: Path, reporter: Reporter) -> str | None:
         return spec.reference
     settings, out = replace(spec.evaluation, model=spec.reference, revision=None), folder / REFERENCE
     if _of_another(out, settings, "model"):
-        for path in filter(Path.is_dir, (folder / EVALUATIONS).iterdir()):  # they do not tell that this is another
-            shutil.rmtree(path)
-        for path in filter(Path.is_dir, (folders.partial_of(out), out)):
+        compared = (folder / EVALUATIONS).iterdir()  # these do not tell that this is another model, so they go first
+        for path in filter(Path.is_dir, (*compared, folders.partial_of(out), out)):
             shutil.rmtree(path)
     _evaluation(settings, out, reporter)
     return str(out)
