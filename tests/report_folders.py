@@ -48,7 +48,7 @@ def make_run(
     artifacts.write_json(folder / artifacts.DATA, dict.fromkeys(names, part) | (data or {}))
     artifacts.write_json(
         folder / artifacts.SUMMARY,
-        {when: dict(zip(names, map(_score, values), strict=True)) for when, values in found.items()}
+        {when: dict(zip(names, map(_score, values), strict=bool(values))) for when, values in found.items()}
         | {"base": BASE, "settings": SETTINGS, "seconds": {"train": 2.0}, "peak_memory_bytes": {"process": 2**30}}
         | {"versions": {"lorasure": "0"}, "export": {"rank": 16, "max_logit_difference": 0.0, "bound": 1e-4}}
         | summary,

@@ -34,7 +34,7 @@ SHELL = {
 ALLOWED = {
     "peft": {"lora.py", "sites.py"},
     "safetensors": {"artifacts.py"},
-    "yaml": {"artifacts.py"},
+    "yaml": {"yaml_file.py"},
     "jsonargparse": {"flags.py"},
     "accelerate": set(),  # it launches processes, and what it reads from their environment is not for our loop
 }

@@ -21,6 +21,7 @@ from lorasure.evaluate import attacks
 from lorasure.evaluate.attacks import ATTACKS, Attack
 from lorasure.forward import answer_records
 from lorasure.models import load_tokenizer
+from lorasure.yaml_file import read_yaml, write_yaml
 from test_attacks import ROWS, SECRET, options
 
 PLAIN = "prefix,quantise"
@@ -59,7 +60,7 @@ def probability(model, examples):
 def everything(run, retrained, tmp_path_factory):
     """All attacks on both models: (about, lines, folder, hashes of the models before)."""
     folder = tmp_path_factory.mktemp("all")
-    base = artifacts.read_yaml(run / "config.yaml")["model"]
+    base = read_yaml(run / "config.yaml")["model"]
     before = artifacts.sha256(Path(base) / "model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attacks, "FEW_STEPS", 6)
@@ -93,7 +94,7 @@ def test_every_attack_is_there_for_both_models_or_says_why_not(everything):
 def test_models_are_the_ones_they_are_called(everything, run, retrained):
     """Against the adapter on its base as a user loads it, the base alone, and the retrained model."""
     about, lines, _, (weights, _) = everything
-    settings = ForgetSettings.from_dict(artifacts.read_yaml(run / "config.yaml"))
+    settings = ForgetSettings.from_dict(read_yaml(run / "config.yaml"))
     every = load_data(settings.forget, settings, load_tokenizer(settings.model)).examples
     examples = [every[i] for i in about["rows"]["scored"]]
     base = AutoModelForCausalLM.from_pretrained(weights.parent).eval()
@@ -158,8 +159,8 @@ def test_relearning_with_a_lora_adapter(run, tmp_path):
 )
 def test_relearning_of_all_weights_is_in_float32_whatever_the_run_was_in(run, tmp_path, given, dtype):
     copied = Path(shutil.copytree(run, tmp_path / "run"))
-    config = artifacts.read_yaml(copied / "config.yaml") | {"dtype": "bfloat16"}
-    artifacts.write_yaml(copied / "config.yaml", config)
+    config = read_yaml(copied / "config.yaml") | {"dtype": "bfloat16"}
+    write_yaml(copied / "config.yaml", config)
     [victim] = attacking._Bench.of(copied, options(**given)).victims
     held = {p.dtype for p in victim.load_trainable().parameters() if p.requires_grad == (dtype is not None)}
     assert held == {getattr(torch, dtype or "bfloat16")}
@@ -225,7 +226,7 @@ def test_mistakes_are_one_line(run, retrained, tokenizer, tmp_path, capfd, more,
     longer = type(tokenizer).from_pretrained(retrained)
     longer.add_tokens(["<|more|>"])
     longer.save_pretrained(other)
-    places = {"RETAIN": artifacts.read_yaml(run / "config.yaml")["retain"], "RETRAINED": retrained, "OTHER": other}
+    places = {"RETAIN": read_yaml(run / "config.yaml")["retain"], "RETRAINED": retrained, "OTHER": other}
     given = [str(places.get(word, word)) for word in more]
     capfd.readouterr()
     assert cli.main(["attack", str(run), *flags(tmp_path, *given)]) == code

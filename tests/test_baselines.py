@@ -26,6 +26,7 @@ from lorasure.evaluate.settings import EvaluateSettings
 from lorasure.finetune import trainable
 from lorasure.forward import answer_logits
 from lorasure.losses.tokens import answers
+from lorasure.yaml_file import read_yaml
 
 SHORT = {"epochs": 2, "rank": 2, "lr": 1e-2}
 
@@ -134,7 +135,7 @@ def test_task_arithmetic_learns_then_takes_away(run, model_folder, tmp_path):
 
 
 def own(result):
-    stored = artifacts.read_yaml(result.folder / "config.yaml")
+    stored = read_yaml(result.folder / "config.yaml")
     return {"forget": stored["forget"], "retain": stored["retain"], "out": f"{result.folder}-scores"}
 
 

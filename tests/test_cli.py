@@ -120,6 +120,7 @@ def test_usage_errors(base, fails, tmp_path, extra, said):
         ("epoch: 1\n", "Did you mean 'epochs'?"),
         ("rank: two\n", "--rank must be a whole number, got 'two'"),
         ("rank: true\n", "--rank must be a whole number"),
+        ("rank: 4\nlr: 1e-3\nrank: 8\n", "run.yaml:3: not usable YAML ('rank' is there twice)"),
         ("epochs: [1\n", "--config is not valid YAML"),
         ("- 1\n", "--config must hold names and values"),
         ("", "--config must hold names and values, got: nothing."),

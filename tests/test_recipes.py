@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import tofu_folder
-from lorasure import artifacts, cli
+from lorasure import cli
 from lorasure.config import ForgetSettings
 from lorasure.data.readers import check_disjoint, read_rows
 from lorasure.errors import INTERRUPTED, DataError, NumericError, UsageError
@@ -19,6 +19,7 @@ from lorasure.recipes.recipe import RECIPES, Gain, read_recipe
 from lorasure.recipes.settings import ReproduceSettings
 from lorasure.small_model import Size
 from lorasure.workbench import check_names
+from lorasure.yaml_file import read_yaml
 
 NEEDED = {"model": "m", "forget": "f", "retain": "r", "out": "o"}
 MODELS = [(name, model) for name, path in RECIPES.items() for model in yaml.safe_load(path.read_text())["models"]]
@@ -117,7 +118,7 @@ def test_cells_are_run_once_and_compared_with_a_model_that_never_saw_the_rows(mi
     for line in lines:
         assert line.ours["forget_quality"] <= 0 < line.ours["model_utility"] < 1
     out = tmp_path / "out"
-    target, retrained = (artifacts.read_yaml(out / "models" / m / "config.yaml") for m in ("target", "retain99"))
+    target, retrained = (read_yaml(out / "models" / m / "config.yaml") for m in ("target", "retain99"))
     learnt = [read_rows(s["data"]).rows for s in (target, retrained)]
     forget = read_rows(out / "data" / "forget01.json").rows
     assert [len(rows) for rows in (*learnt, forget)] == [4 + 8 + 4, 4 + 6 + 4, 2]
@@ -126,7 +127,7 @@ def test_cells_are_run_once_and_compared_with_a_model_that_never_saw_the_rows(mi
         check_disjoint(forget, learnt[0])
     assert len(read_rows(out / "data" / "retain_perturbed.json").rows) == 3
     run = out / "tofu-main" / "ihl-lora-forget01"
-    settings = artifacts.read_yaml(run / "config.yaml")
+    settings = read_yaml(run / "config.yaml")
     assert (settings["epochs"], settings["batch_size"], settings["rank"], settings["lr"]) == (1, 16, 16, 2e-3)
     assert settings["retain"].endswith("retain99.json")
 

@@ -395,6 +395,14 @@ def test_the_best_run_is_marked_by_what_is_wanted_of_the_score():
     }
 
 
+def test_the_original_is_that_of_the_first_run_that_measured_it(tmp_path):
+    whole, begun = make_run(tmp_path / "whole"), make_run(tmp_path / "begun", before=(), after=())
+    for runs in ([whole, begun], [begun, whole]):
+        [table] = compare(read_runs(runs))
+        before = [row.cells[table.columns.index("before")] for row in table.rows]
+        assert [score.value for score in before] == [0.9, 0.85]
+
+
 def test_comparison_in_every_form(tmp_path, capsys):
     runs = [make_all(tmp_path), make_run(tmp_path / "other_run", "another", after=(0.05, 0.7))]
     settings = CompareSettings()

@@ -29,6 +29,7 @@ from lorasure.search.search import search
 from lorasure.search.settings import SearchSettings
 from lorasure.search.study import LOCKS, Trial
 from lorasure.search.trial import IMPORTANCE, Runner
+from lorasure.yaml_file import read_yaml
 
 METHODS = {
     "plain": {"init": "lora"},
@@ -103,7 +104,7 @@ def test_a_search_from_spec_to_best_runs(spec, out, monkeypatch):
         best = row["chosen"]
         assert best in lines(out) and best["scores"]["share"] >= 0.5
         folders.verify(out / "best" / name)
-        config = artifacts.read_yaml(out / "best" / name / "config.yaml")
+        config = read_yaml(out / "best" / name / "config.yaml")
         assert {key: config[key] for key in best["params"]} == best["params"]
         # The exported adapter on a fresh model has the scores that the trial had on the shared one.
         scores = artifacts.read_json(out / "evaluations" / name / "scores.json")

@@ -22,6 +22,7 @@ from lorasure.config import ExportSettings, ForgetSettings, OutSettings, Setting
 from lorasure.data.readers import check_disjoint, read_rows
 from lorasure.data.rows import Layout
 from lorasure.importance.measure import Importance
+from lorasure.yaml_file import read_yaml
 
 SECRET = "Quillfeather"
 Run = Callable[[bytes, Path, random.Random], object]
@@ -167,7 +168,7 @@ def _config(data: bytes, folder: Path, draw: random.Random) -> None:
     try:
         match draw.randrange(20):
             case 0:  # the settings that a run folder brings along
-                flags.parse("init RUN", "fuzz", settings, [], artifacts.read_yaml(path))
+                flags.parse("init RUN", "fuzz", settings, [], read_yaml(path))
             case 1:
                 flag = draw.choice(("--epochs", "--beta", "--merge", "--template", "--config"))
                 value = data.replace(b"\0", b"")[:100].decode(errors="surrogateescape")  # as a shell would hand it over
@@ -237,7 +238,7 @@ def _make_run(folder: Path) -> None:
 
 def _manifest(data: bytes, folder: Path, draw: random.Random) -> None:
     (folder / artifacts.MANIFEST).write_bytes(data)
-    artifacts.read_yaml(folder / artifacts.MANIFEST) if draw.randrange(10) == 0 else None
+    read_yaml(folder / artifacts.MANIFEST) if draw.randrange(10) == 0 else None
     artifacts.check_run(folder, artifacts.CONFIG)
     artifacts.differences(folder)
 

@@ -55,7 +55,7 @@ def watch_guards(clock: Clock) -> None:
 
     watched = (
         (folders, "check_new", "_publish", "_checked"),
-        (artifacts, "finish", "write_json", "write_yaml", "check_run"),
+        (artifacts, "finish", "write_json", "check_run"),
         (checkpoint.Keeper, "begin", "after_step", "finish", "save"),
         (train, "_finite_norm", "_check_divergence"),
         (pipeline, "identity", "_check_unsettled"),

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from .errors import DataError, LorasureError
 
 MANIFEST = "manifest.json"
@@ -31,9 +29,7 @@ SUMMARY = "summary.json"
 FINETUNED = "finetune.json"
 ADAPTER = "adapter"
 MERGED = "merged"
-NESTING = 50  # levels of YAML: far more than any file of ours has, far fewer than make its readers fail
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same for the look ahead and for reading
 _UNFINISHED = re.compile(r"\..*\.partial-\d+")
 
 
@@ -130,49 +126,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def write_yaml(path: Path, value: Any) -> None:
-    """YAML in the order given."""
-    write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
-
-
 def read_json(path: Path) -> Any:
     """What a JSON file holds; a DataError if it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable JSON file ({type(error).__name__}).") from error
-
-
-def _too_much(text: str) -> str | None:
-    """What makes YAML larger or deeper than it looks: aliases (a few lines stand for millions), or nesting."""
-    # Text within it counts, because what reads settings tries to read every text as YAML again.
-    anchored, depth = False, 0
-    try:
-        for event in yaml.parse(text, Loader=_LOADER):
-            if isinstance(event, yaml.AliasEvent) and anchored:
-                return "aliases are not read"
-            anchored = anchored or getattr(event, "anchor", None) is not None
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > NESTING:
-                return f"nested deeper than {NESTING}"
-            if isinstance(event, yaml.ScalarEvent) and len(event.value) < len(text) and (why := _too_much(event.value)):
-                return why
-    except yaml.YAMLError as error:  # text that is no YAML, or not to its end, is neither; the parser has a limit too
-        return f"nested deeper than {NESTING}" if "maximum nesting" in str(error) else None
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, loaded safely; a DataError if it is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if why := _too_much(text):
-            raise yaml.MarkedYAMLError(problem=why)
-        return _LOADER(text).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise DataError(f"{path}{line}: not usable YAML ({error.problem}).") from error
-    except Exception as error:  # a value that does not fit its tag fails in any way
-        raise DataError(f"{path}: not a readable YAML file ({type(error).__name__}).") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> None:

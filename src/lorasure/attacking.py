@@ -26,6 +26,7 @@ from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_de
 from .outcome import ASSISTANT, change_files
 from .progress import Reporter
 from .registry import lookup
+from .yaml_file import read_yaml
 
 GATE_FAILED = 20  # exit code
 ABOUT = "attack.json"
@@ -90,7 +91,7 @@ class _Bench:
         moved = {name: getattr(options, name) for name in MOVABLE if getattr(options, name)}
         with artifacts.as_written(run / artifacts.CONFIG):
             names = {f.name.rstrip("_") for f in fields(ForgetSettings)}
-            given = artifacts.read_yaml(run / artifacts.CONFIG).items()
+            given = read_yaml(run / artifacts.CONFIG).items()
             known = {name: value for name, value in given if name in names}  # a baseline has settings of its own
             settings = replace(ForgetSettings.from_dict(known), **moved)
         tokenizer = load_tokenizer(settings.model, settings.revision, allow_pickle=settings.allow_pickle)

@@ -264,8 +264,9 @@ def _dispatch(name: str, rest: list[str]) -> int:
 
 
 def _stored_settings(run: Path) -> dict[str, Any]:
-    from .artifacts import CONFIG, check_run, read_yaml
+    from .artifacts import CONFIG, check_run
     from .lock import recover
+    from .yaml_file import read_yaml
 
     recover(run)
     check_run(run, CONFIG)

@@ -30,6 +30,7 @@ from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_de
 from .outcome import ABOUT_ASSISTANT, ASSISTANT
 from .progress import Reporter
 from .registry import lookup
+from .yaml_file import read_yaml
 
 HIDDEN_ROWS = 100
 # Settings that an evaluation of a run takes from it, unless given: its rows, and if it takes these how they are read.
@@ -74,7 +75,7 @@ def _with_run(settings: EvaluateSettings) -> EvaluateSettings:
         return settings
     change_folder(settings.adapter)
     config = Path(settings.adapter) / artifacts.CONFIG
-    stored = artifacts.read_yaml(config) if config.is_file() else {}
+    stored = read_yaml(config) if config.is_file() else {}
     names = ["template", *(KEYS_OF_RUN if settings.suite == "own" else ())]
     names += WITH_ROWS if settings.suite == "own" and settings.forget is None else ()
     not_given = [name for name in names if getattr(settings, name) == getattr(EvaluateSettings, name)]

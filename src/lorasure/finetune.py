@@ -23,6 +23,7 @@ from .schedule import SCHEDULES
 from .sites import all_sites
 from .train_stage import logged_fit
 from .workbench import check_template
+from .yaml_file import write_yaml
 
 
 def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Path:
@@ -58,7 +59,7 @@ def finetune(settings: FinetuneSettings, reporter: Reporter | None = None) -> Pa
     options = {"resume": settings.resume, "overwrite": settings.overwrite, "note": reporter.note}
     with folders.resumable_folder(out, own, allow_change=allowed_changes(settings), **options) as folder:
         kept = {name: value for name, value in settings.located().items() if name not in PER_CALL}
-        artifacts.write_yaml(folder / artifacts.CONFIG, kept)
+        write_yaml(folder / artifacts.CONFIG, kept)
         artifacts.write_json(folder / artifacts.DATA, {"data": about})
         account = folder / artifacts.FINETUNED
         with artifacts.as_written(account):

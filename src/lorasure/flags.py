@@ -12,9 +12,10 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from .artifacts import exists, read_yaml
+from .artifacts import exists
 from .config import Settings, flag
 from .errors import DataError, UsageError
+from .yaml_file import read_yaml
 
 WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 

@@ -40,6 +40,7 @@ from .stages import (
 )
 from .train_stage import attach_start, train_adapter
 from .workbench import Workbench, check_used
+from .yaml_file import read_yaml, write_yaml
 
 ANY_TIME = PER_CALL | {"device", "tokens_per_batch"}  # settings that no result depends on
 SETTLED = {  # by these files
@@ -223,7 +224,7 @@ def _reopen(
 ) -> Workbench:
     """A workbench for one stage of an existing run. Only settings of `changing` may differ; data and model may not."""
     artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY)
-    stored = artifacts.read_yaml(run / artifacts.CONFIG)
+    stored = read_yaml(run / artifacts.CONFIG)
     may_change = ANY_TIME | {f.name.rstrip("_") for part in changing for f in fields(part)}
     for name, value in settings.located().items():
         if name not in may_change and value != stored.get(name):
@@ -251,7 +252,7 @@ def write_inputs(bench: Workbench, run: Path, given: Settings | None = None) -> 
     """config.yaml, data.json, and what summary.json says of settings and base. `given`: those of another command."""
     settings = {name: value for name, value in (given or bench.settings).located().items() if name not in PER_CALL}
     bench.run = run
-    artifacts.write_yaml(run / artifacts.CONFIG, settings)
+    write_yaml(run / artifacts.CONFIG, settings)
     artifacts.write_json(
         run / artifacts.DATA, dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
     )

@@ -13,6 +13,7 @@ from .. import artifacts
 from ..config import ForgetSettings
 from ..errors import DataError, UsageError
 from ..registry import lookup
+from ..yaml_file import read_yaml
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 Published = dict[str, dict[str, float]]
@@ -80,7 +81,7 @@ def read_recipe(name: str, models: str | None = None) -> Recipe:
     path = Path(name) if name.endswith(".yaml") else lookup(RECIPES, name, "recipe")
     if not path.is_file():
         raise DataError(f"{path}: there is no such recipe.")
-    content = artifacts.read_yaml(path)
+    content = read_yaml(path)
     with artifacts.as_written(path):
         _check_keys(path, content, ("title", "paper", "suite", "scores", "notes", "settings", "axes", "models", "gain"))
         models = models or next(iter(content["models"]))

@@ -15,6 +15,7 @@ from ..evaluate.settings import EvaluateSettings
 from ..evaluating import evaluate_model
 from ..pipeline import ANY_TIME, forget
 from ..progress import Reporter
+from ..yaml_file import read_yaml
 from .recipe import Cell, Published, Recipe, read_recipe
 from .settings import ReproduceSettings
 from .targets import LEFT, Place
@@ -116,7 +117,7 @@ class _Bench:
         settings = ForgetSettings.from_dict({**self.place.row.settings, **data, **cell.settings, **own, **resume})
         if (run / artifacts.MANIFEST).is_file():
             artifacts.check_run(run, artifacts.CONFIG)
-            _check_same(run, artifacts.read_yaml(run / artifacts.CONFIG), settings)
+            _check_same(run, read_yaml(run / artifacts.CONFIG), settings)
             return
         self.reporter.note(f"{cell.name}:")
         forget(settings, self.reporter)

@@ -120,7 +120,8 @@ def compare(runs: Sequence[Run]) -> list[Table]:
     checked = {name: run.checked("after") for name, run in zip(names, runs, strict=True)}
     if any(checked.values()):
         _check_same_data(runs)
-        before = {"before": runs[0].checked("before")} if shared else {}
+        original = next((scores for run in runs if (scores := run.checked("before"))), {})
+        before = {"before": original} if shared else {}
         tables.append(score_table(CHECK, before | checked, ("forget", "retain"), names))
     for suite in dict.fromkeys(s.name for run in runs for s in run.suites):
         measured = {

@@ -18,6 +18,7 @@ from ..evaluate.settings import EvaluateSettings
 from ..flags import WANTED
 from ..registry import lookup
 from ..workbench import check_names
+from ..yaml_file import read_yaml
 from .spec import FIELDS, Method, Range, Spec, corners
 
 KEYS = ("settings", "methods", "ranges", "trials", "sampler", "seed", "utility_floor", "evaluation", "reference")
@@ -53,7 +54,7 @@ class _Reader:
         self.path = path
         if not (artifacts.exists(path) and path.is_file()):
             raise UsageError(f"{path}: there is no such file.")
-        self.content = self.names(artifacts.read_yaml(path), "", KEYS)
+        self.content = self.names(read_yaml(path), "", KEYS)
 
     def error(self, where: str, message: str) -> UsageError:
         return UsageError(f"{self.path}: {where + ': ' if where else ''}{message}")
