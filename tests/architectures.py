@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    FalconForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GemmaForCausalLM,
@@ -69,6 +70,7 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
     "gpt2": _kind(GPT2LMHeadModel, SMALL_GPT2),  # Conv1D
     "gpt-neox": _kind(GPTNeoXForCausalLM, COMMON),  # fused qkv, head called embed_out
     "opt": _kind(OPTForCausalLM, SMALL_OPT),
+    "falcon": _kind(FalconForCausalLM, COMMON | {"ffn_hidden_size": 24}),  # one layer's output is added to in place
     "phi": _kind(PhiForCausalLM, COMMON),
     "qwen2": _kind(Qwen2ForCausalLM, GROUPED),  # biases
     "gemma": _kind(GemmaForCausalLM, GEMMA),  # scaled embeddings

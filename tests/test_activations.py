@@ -76,10 +76,28 @@ def test_layers_above_the_last_site_are_not_computed():
         layer.register_forward_hook(lambda module, *_: runs.append(module))
     lower = find_sites(model, ["layers.0.*"])
     second_moments(model, lower, EXAMPLES, of_inputs=True, token_budget=1000)
-    assert runs == [model.model.layers[0]]
+    assert runs == [*model.model.layers, model.model.layers[0]]  # the first time after a token that shows all layers
+    second_moments(model, lower, EXAMPLES, of_inputs=True, token_budget=1000)
+    assert runs[3:] == [model.model.layers[0]]
     second_moments(model, all_sites(model), EXAMPLES, of_inputs=True, token_budget=1000)
-    assert runs[1:] == list(model.model.layers)
+    assert runs[4:] == list(model.model.layers)
     assert not model.model.layers[1]._forward_pre_hooks
+
+
+def test_a_model_that_runs_its_layers_again_is_measured_to_the_end():
+    """A pass that ended at the first layer above would see the first of its rounds only."""
+
+    def again(model, args, kwargs, output):
+        output.last_hidden_state = output.last_hidden_state + rounds(*args, **kwargs).last_hidden_state
+        return output
+
+    model = tiny_model("llama")
+    rounds = model.model.forward
+    model.model.register_forward_hook(again, with_kwargs=True)
+    sites = find_sites(model, ["layers.0.*"])
+    found = second_moments(model, sites, EXAMPLES, of_inputs=False, token_budget=40)
+    for site in sites:
+        torch.testing.assert_close(found[site.name], 2 * one_row_at_a_time(model, site, False), rtol=1e-4, atol=1e-5)
 
 
 @both

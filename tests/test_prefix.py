@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_the_same_on_every_kind_of_model(name, behind, 
     expected, _ = step_of(model_of(name), cached=False, behind=behind)
     model, runs = model_of(name), []
     layers = decoder_layers(model)
-    names = ("self_attn", "attn", "attention")
+    names = ("self_attn", "attn", "attention", "self_attention")
     attentions = [next(child for name, child in layer.named_children() if name in names) for layer in layers]
     forward = type(attentions[0]).forward
 

@@ -101,7 +101,9 @@ def _listen(
                 f"Layer '{site.name}' is also run without gradients, so these cannot be measured; leave it out with "
                 "--exclude, or take an --init that needs no importance."
             )
-        if not y.requires_grad:  # the lowest sites: the graph starts here. A sum, not a leaf: in-place use stays legal.
+        # The lowest sites: the graph starts here. And a view: where a model writes into one, its gradient passes it by
+        # (Falcon adds its attention to the outputs of its MLP). A sum, not a leaf, so that writing into it is legal.
+        if not y.requires_grad or y._is_view():
             y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
         kept: Any = _Kept.apply(x, _ROOT)
         y.register_hook(lambda d: backward(site, layout.spread(kept.grad_fn.saved_tensors[0]), layout.spread(d)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .moments import wide
 BYTES = 4 + 8  # of one element: one set's moments in float32 while the other's are summed in float64
 ROOM = 3 * 2**31  # bytes of second moments held at once: a decoder layer of a 7B model and both sets take 2.1e9
 SHARE = 3  # of the memory that is free on a GPU, one in so many bytes may be held where that is more
+
+# Whether a pass of a model runs every decoder layer once.
+_ONCE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def room_on(device: torch.device, weights: int = 0) -> int:
@@ -85,7 +89,7 @@ def second_moments(
     groups = micro_batches([len(e) for e in examples], token_budget)
     # A process without a pass would not know which sites share; where weights are shared out, all must make as many.
     shared = 1 < processes.size() <= len(groups) and not processes.sharded()
-    with tap(model, sites, forward=observe), _ending_above(model, sites):
+    with _ending_above(model, sites), tap(model, sites, forward=observe):
         for group in processes.share(groups) if shared else groups:
             batch = collate([examples[i] for i in group]).to(model.device)
             mask, last = batch.attention_mask.bool(), (torch.empty(0), "")
@@ -124,6 +128,20 @@ class _Enough(Exception):
     """A pass has seen all sites."""
 
 
+def _runs_once(model: PreTrainedModel) -> bool:
+    """Whether a pass runs every decoder layer once, as one over a single token shows: some models run a block again."""
+    if model not in _ONCE:
+        layers, runs = decoder_layers(model), list[int]()
+        handles = [layer.register_forward_pre_hook(lambda *_: runs.append(1)) for layer in layers]
+        try:
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        _ONCE[model] = len(runs) == len(layers)
+    return _ONCE[model]
+
+
 @contextmanager
 def _ending_above(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[None]:
     """Within the context a pass raises _Enough where it leaves the last decoder layer that holds one of the sites."""
@@ -131,7 +149,7 @@ def _ending_above(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[Non
     homes = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
     above = 1 + max(homes.get(model.get_submodule(site.module), len(layers)) for site in sites)
     # Not where layers are gathered one after another, each by all processes: an end in between is not foreseen there.
-    if above >= len(layers) or processes.sharded():
+    if above >= len(layers) or processes.sharded() or not _runs_once(model):
         yield
         return
 
