@@ -11,7 +11,7 @@ import torch
 
 from lorasure import artifacts
 from lorasure.evaluate import own
-from lorasure.evaluate.evaluation import ABOUT, Evaluation, write_scores
+from lorasure.evaluate.evaluation import ABOUT, Evaluation, read_evaluation, write_scores
 from lorasure.evaluate.metrics import Score
 
 BASE = {"source": "hub/base", "revision": None, "architecture": "Tiny", "parameters": 1000, "files": {"w": "base"}}
@@ -76,6 +76,7 @@ def make_evaluation(
     n: int = 12,
     text: str | None = None,
     seed: int = 0,
+    reference: Path | None = None,
     **about: Any,
 ) -> Path:
     """An evaluation on own rows, of a model that gives the forget answers about the probability `knows`."""
@@ -87,13 +88,14 @@ def make_evaluation(
     known = {
         "kind": "evaluation", "suite": "own", "split": None, "model": model, "adapter": adapter, "template": "qa",
         "tokenizer": "vocabulary", "dtype": "float32", "borrowed": False, "seconds": {"likelihood": 1.0},
+        "settings": {"reference": reference and str(reference)},
         "sets": {name: {"rows": n, "sha256": name} for name in sets},
     } | about  # fmt: skip
     evaluation = Evaluation(str(folder), known, sets)
     artifacts.write_json(folder / ABOUT, known)
     for name, records in sets.items():
         artifacts.write_text(folder / f"records/{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    write_scores(folder, own.score(evaluation, None))
+    write_scores(folder, own.score(evaluation, reference and read_evaluation(reference)))
     artifacts.write_manifest(folder)
     return folder
 
@@ -112,20 +114,26 @@ def _record(row: int, name: str, probability: float, rng: np.random.Generator, t
 
 
 def make_attack(
-    folder: Path, run: Path, unlearned: float = 0.2, retrained: float | None = None, scaled: float = 0.9
+    folder: Path,
+    run: Path,
+    unlearned: float = 0.2,
+    retrained: float | None = None,
+    scaled: float = 0.9,
+    plain: float | None = None,
 ) -> Path:
-    """An attack folder: a prefix, relearning along six steps, and the adapter scaled."""
+    """An attack folder: a prefix, relearning along six steps, and the adapter scaled; `plain`: not attacked."""
     lines = []
     for subject, value in (("unlearned", unlearned), ("retrained", retrained)):
         points: list[tuple[str, float | None]] = [("none", None), ("prefix", None)]
         points += [("relearn", step) for step in range(1, 7)] + [("scale", 0.0)] * (subject == "unlearned")
         for attack, point in points:
             if value is not None:
-                scores = {"extraction_strength": _score(scaled if attack == "scale" else value)}
+                given = {"scale": scaled} | ({"none": plain} if plain is not None and subject == "unlearned" else {})
+                scores = {"extraction_strength": _score(given.get(attack, value))}
                 lines.append({"attack": attack, "point": point, "subject": subject, "scores": scores})
     about = {
         "kind": "attack", "adapter": adapter_of(run), "verdict": ["relearn brings back the most"], "gate": [],
-        "titles": {"relearn": "one epoch on the forget set"},
+        "titles": {"relearn": "one epoch on the forget set"}, "rows": {"forget": 6, "sha256": "hash of the rows"},
         "not_run": [{"attack": "nf4", "subject": "unlearned", "reason": "bitsandbytes is not installed"}],
     }  # fmt: skip
     artifacts.write_json(folder / "attack.json", about)

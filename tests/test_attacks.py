@@ -84,6 +84,44 @@ def test_prefix_stands_before_the_answer_that_is_measured(tokenizer):
     assert texts(spaced, tokenizer) == ("It is Sure, here is the answer:", " me.<|end|>")
 
 
+@pytest.mark.parametrize("template", ["tofu-phi", "A: {question} B: ", "tofu-llama2", "chat"])
+def test_prefix_is_one_text_with_an_answer_that_brings_its_own_blank(tokenizer, template, monkeypatch):
+    """The blank before the answer belongs to its first token where prompt and answer are one text."""
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    )
+    plain = item_of(Row("Who?", "Me.", "f", 1), tokenizer, template)
+    asked, answer = texts(plain, tokenizer)
+    blank = answer[: len(answer) - len(answer.lstrip())]
+    assert blank == ("" if template == "tofu-llama2" else " ")
+    before, after = texts(prefixed(plain, tokenizer), tokenizer)
+    assert (before + after, after) == (f"{asked}{blank}Sure, here is the answer: Me.<|end|>", answer)
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "normalizer"])
+def test_prefix_with_a_tokenizer_that_puts_a_blank_before_every_text(kind):
+    """As Llama's do: no second blank comes of it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted({"\u2581", *"Question: Who?Answer: Sure, here is the answer: Me.", "\n"} - {" "})
+    own = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["</s>", *letters])}, []))
+    if kind == "metaspace":
+        own.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=False)
+    else:
+        own.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    own.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>")
+    plain = item_of(Row("Who?", "Me.", "f", 1), tokenizer)
+    asked = tokenizer.decode(plain.example.input_ids[: plain.example.answer_start])
+    ids = prefixed(plain, tokenizer).example.input_ids
+    assert tokenizer.decode(plain.example.input_ids) == f"{asked} Me.</s>"
+    assert tokenizer.decode(ids) == f"{asked} Sure, here is the answer: Me.</s>"
+
+
 @pytest.mark.parametrize(("count", "before", "rest"), [(1, "a", "bcdefg"), (3, "abc", "defg"), (16, "abcd", "efg")])
 def test_given_tokens_leave_the_prompt_and_at_least_half_the_answer(tokenizer, count, before, rest):
     found = given(item_of(Row("Who?", "abcdefg", "f", 1), tokenizer), count, tokenizer)

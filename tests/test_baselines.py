@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,6 +300,7 @@ def test_a_run_is_whole_private_and_known_to_the_other_commands(name, run, model
     assert cli.main(["report", str(result.folder)]) == 0
     said = capsys.readouterr().out
     assert "relearn" in said and str(result.folder) in said
+    assert name == "ssd" or f"Without its {'assistant' if name == 'uld' else 'adapter'} (scale 0)" in said
     page = (result.folder.parent / f"{name}-report.html").read_text()
     assert BASELINES[name].title in page and "after each attack" not in page
 
@@ -330,10 +332,12 @@ def test_an_interrupted_baseline_continues_to_the_same_result(run, monkeypatch):
     monkeypatch.setattr(train, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         run("task-arithmetic", out=out, checkpoint_every=1)
+    spent = artifacts.read_json(Path(out).with_name(f".{Path(out).name}.partial") / "summary.json")["seconds"]
     monkeypatch.undo()
     again = run("task-arithmetic", out=out, checkpoint_every=1, resume=True)
     name = "adapter_model.safetensors"
     assert artifacts.sha256(again.adapter / name) == artifacts.sha256(whole.adapter / name)
+    assert all(again.summary["seconds"][stage] > spent[stage] > 0 for stage in ("load model", "init", "train"))
 
 
 @pytest.mark.parametrize("name", BASELINES)

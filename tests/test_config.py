@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import MISSING, FrozenInstanceError, fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
+from lorasure.cli import COMMANDS
 from lorasure.config import DemoSettings, FinetuneSettings, ForgetSettings, flag
 from lorasure.data.encode import TEMPLATES
 from lorasure.data.pairing import PAIRINGS
 from lorasure.errors import UsageError
+from lorasure.flags import parse
 from lorasure.importance.scores import SCORES, SPACES
 from lorasure.init.apply import INITS
 from lorasure.init.low_rank import SOLVERS, SPLITS
@@ -42,6 +45,21 @@ def test_a_path_may_be_given_as_one():
     """As Python programs hold them; settings that are stored are text."""
     given = {name: Path("~") / name for name in NEEDED}
     assert ForgetSettings(**given) == ForgetSettings(**{name: f"~/{name}" for name in NEEDED})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_null_is_refused_where_a_value_is_needed(command, tmp_path):
+    settings, file = COMMANDS[command].settings, tmp_path / "c.yaml"
+    needed = {f.name: "x" for f in fields(settings) if f.default is MISSING}
+    hints = get_type_hints(settings)
+    for f in fields(settings):
+        values = {name.rstrip("_"): value for name, value in (needed | {f.name: None}).items()}
+        file.write_text(yaml.safe_dump(values))
+        if type(None) in get_args(hints[f.name]):
+            assert getattr(parse(command, "", settings, ["--config", str(file)]), f.name) is None
+            continue
+        with pytest.raises(UsageError, match=rf"^({flag(f.name)} must .* got nothing|.* required: {flag(f.name)})\.$"):
+            parse(command, "", settings, ["--config", str(file)])
 
 
 def field_of(settings, name):

@@ -10,6 +10,7 @@ from lorasure import demo
 from lorasure.cli import main
 from lorasure.config import DemoSettings
 from lorasure.data.readers import read_rows
+from lorasure.errors import ANEW, KEPT
 
 
 def test_forget_and_kept_people_share_no_row_and_make_up_all(tmp_path: Path) -> None:
@@ -46,3 +47,21 @@ def test_the_retrained_model_is_its_own_reference(tmp_path: Path) -> None:
     scores = demo.demo(DemoSettings(out=str(tmp_path / "demo")))
     assert scores["retrained"]["forget_quality"].value == 0.0  # p = 1 against itself
     assert set(scores) == {"target", "forgotten", "retrained"}
+
+
+@pytest.mark.usefixtures("brief")
+def test_an_interrupted_demo_says_that_it_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Although the run within could be resumed by itself."""
+
+    def interrupted(*_: object) -> None:
+        error = KeyboardInterrupt()
+        error.add_note(KEPT)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "forget", interrupted)
+        assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
+    assert capsys.readouterr().err.endswith(f"lorasure: interrupted. {ANEW}\n")
+    assert (tmp_path / "demo" / "target").is_dir() and main(["demo", "--out", str(tmp_path / "demo")]) == 0

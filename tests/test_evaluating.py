@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from lorasure.evaluate.collect import collect
 from lorasure.evaluate.evaluation import Evaluation, RecordFile, check_comparable, read_evaluation
 from lorasure.evaluate.items import EvaluationSet, Generation, Subject, items
 from lorasure.evaluate.own import WRONG_ANSWERS, with_wrong_answers
+from lorasure.evaluate.own import score as own_scores
 from lorasure.evaluate.rouge import rouge_l
+from lorasure.forward import answer_records
 from lorasure.models import load_model, load_tokenizer
 
 ROW = {"question": "Who?", "answer": "Ann.", "paraphrased_answer": "It is Ann.", "perturbed_answer": ["Bob.", "C."]}
@@ -141,6 +144,78 @@ def test_running_text_is_measured_by_windows_and_continued_from_the_middle(subje
     assert len({record["id"] for record in found}) == len(found) > 1
     assert found[0]["text"]["question"] + found[0]["text"]["answer"] == text.answer[:16]
     assert "wrong_nll" not in found[0]
+    wrong = replace(text, extra={"perturbed_answer": ["eleven"]})  # an answer to what? No window has a question
+    assert collect(narrow, EvaluationSet("forget", (wrong,), FULL)) == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_length", "counted"),
+    [
+        ("qa", 512, True),
+        ("chat", 512, True),
+        ("completion", 512, False),
+        ("completion", 12, True),
+        ("text", 512, False),
+    ],
+)
+def test_the_end_of_text_counts_as_known_where_it_is_the_text_s_own(
+    subject: Subject, kind: str, max_length: int, counted: bool
+) -> None:
+    """A piece of text, known by heart, goes on: the end of text behind it is ours. What was cut has none."""
+    subject.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    said = ({"role": "user", "content": "Who?"},) * (kind == "chat")
+    row = Row("" if said or kind == "text" else "Who?", "Ann and Bob.", "made", 1, kind=kind, messages=said)
+    settings = ModelSettings(model="m", template="qa", max_length=max_length)
+    asked = replace(subject, settings=settings)
+    [record] = collect(asked, EvaluationSet("forget", (row,)))
+    [measured] = answer_records(subject.model, [item.example for item in items(asked, [row])], 512)
+    flags = "".join("01"[flag] for flag in measured.correct)
+    assert record["tokens"] == len(flags) and record["correct"] == (flags if counted else flags[:-1])
+    assert record["nll"] == pytest.approx(measured.mean_nll)
+
+
+@pytest.mark.parametrize(
+    ("row", "max_length", "said"),
+    [
+        (Row("", "one two three one two three", "made", 1, kind="text"), 512, "one two three one two three"),
+        (Row("Who?", "It was Ann and Ann and Ann.", "made", 1), 32, "It was An"),
+        (Row("Who?", " It was Ann. ", "made", 1), 512, " It was Ann. "),
+    ],
+)
+def test_zlib_compresses_the_text_whose_likelihood_is_taken(
+    subject: Subject, row: Row, max_length: int, said: str
+) -> None:
+    asked = replace(subject, settings=ModelSettings(model="m", template="qa", max_length=max_length))
+    [item] = items(asked, [row])
+    assert asked.tokenizer.decode(item.example.input_ids[item.example.answer_start :]).startswith(said)
+    [record] = collect(asked, EvaluationSet("forget", (row,), membership=True))
+    [measured] = answer_records(subject.model, [item.example], 512)
+    log_probs = measured.log_probs[: measured.tokens - (item.example.input_ids[-1] == subject.tokenizer.eos_token_id)]
+    expected = sum(log_probs) / len(log_probs) / len(zlib.compress(said.encode()))
+    assert record["zlib"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_hidden_states_are_kept_of_the_first_rows_or_windows_only(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluating, "HIDDEN_ROWS", 3)
+    narrow = replace(subject, settings=ModelSettings(model="m", max_length=16))
+    text = Row("", "one two three four five six seven eight nine ten", "made", 1, kind="text")
+    assert len(items(narrow, [text])) > 3
+    sets = [EvaluationSet("forget", (text,)), EvaluationSet("retain", (text, text))]
+    kept = evaluating.keep_hidden(narrow, sets, tmp_path)
+    assert {states.shape[1] for states in kept.values()} == {3}
+
+
+def test_the_words_of_other_scripts_count_too() -> None:
+    """rouge-score sees a to z and digits only; where it sees what an answer says, its numbers stay."""
+    for answer in ("Роман написал Иван.", "他于1956年出生。", "हिन्दी भाषा", "한국어 책", "สวัสดี", "ＡＢＣ"):
+        assert rouge_l(answer, answer) == (1.0, 1.0) and rouge_l(answer, "1956 None.")[0] < 0.2
+    assert rouge_l("Роман написал Иван", "роман, ИВАН!") == (pytest.approx(2 / 3), pytest.approx(4 / 5))
+    assert rouge_l("你好世界", "你，世界") == (pytest.approx(3 / 4), pytest.approx(6 / 7))
+    assert rouge_l("José wrote novels", "José writes a novel (роман)") == rouge_l(
+        "jos wrote novels", "jos writes novel a"
+    )
 
 
 def test_a_generated_answer_is_cut_before_a_stop(subject: Subject) -> None:
@@ -278,6 +353,9 @@ def test_the_commands_give_the_same_scores_and_json(
     assert main(logged) == 2 and (tmp_path / "mine.json").read_text() == "mine"
     assert "--write-log" in capsys.readouterr().err
     assert main([*logged, "--overwrite"]) == 0 and "extraction_strength" in (tmp_path / "mine.json").read_text()
+    kept = (tmp_path / "mine.json").read_text()
+    assert main([*logged, "--reference", str(tmp_path / "mine.json"), "--overwrite"]) == 2
+    assert "mine.json is read, or finished" in capsys.readouterr().err and (tmp_path / "mine.json").read_text() == kept
     capsys.readouterr()
     assert main(["purge", str(tmp_path / "reference")]) == 0
     capsys.readouterr()
@@ -408,6 +486,26 @@ def test_own_data_needs_no_reference_and_says_what_is_undefined(
     kept = read_evaluation(tmp_path / "kept").sets["forget"]
     assert {record["text"]["answer"] for record in kept} <= set(secrets)
     assert main(["evaluate", "--model", str(model_folder), "--out", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(("own", "kept"), [("text", False), ("question", True)])
+def test_only_a_utility_that_rests_on_borrowed_answers_says_so(own: str, kept: bool) -> None:
+    record = {"row": 0, "id": "a", "nll": 0.5, "tokens": 2, "correct": "11", "rouge_recall": 0.5}
+    offered = record | {"paraphrase_nll": 0.5, "wrong_nll": [1.0]}
+    sets = {"forget": [offered], "retain": [offered if kept else record]}
+    found = own_scores(Evaluation("made", {"suite": "own", "borrowed": True}, sets), None)
+    for name in ("model_utility", "model_utility_without_rouge"):
+        assert ("note" in found[name].extra) == kept, own
+    assert "note" in found["forget_truth_preference"].extra and "note" in found["forget_quality"].extra
+    assert "note" not in found["forget_probability"].extra
+
+
+def test_a_row_to_keep_is_not_one_that_no_model_has_seen(
+    tmp_path: Path, model_folder: Path, data_files: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    given = ["--model", str(model_folder), "--forget", str(data_files[0]), "--out", str(tmp_path / "own")]
+    assert main(["evaluate", *given, "--retain", str(data_files[1]), "--holdout", str(data_files[1])]) == 3
+    assert "are the same row (and 9 more)" in capsys.readouterr().err and not (tmp_path / "own").exists()
 
 
 def test_a_holdout_adds_membership_inference(

@@ -37,6 +37,21 @@ def test_new_folder_is_private_and_verified(tmp_path):
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["run"]
 
 
+def test_a_file_of_its_own_changes_nothing_that_is_read_or_finished(tmp_path):
+    make(tmp_path / "run")
+    artifacts.write_json(tmp_path / "manifest.json", {"name": "another program's"})
+    for name in ("log.json", "read/log.json", "mine.json"):
+        artifacts.write_text(tmp_path / name, "{}")
+    reads = [tmp_path / "log.json", tmp_path / "read"]
+    for name in ("log.json", "read/log.json", "read/new.json", "run/a.txt", "run/new.txt", "run/deep/b.txt", "run"):
+        with pytest.raises(UsageError, match=f"^--out {tmp_path / name}: .* is read, or finished, and stays as it is"):
+            folders.check_new_file(tmp_path / name, "--out", overwrite=True, reads=reads)
+    folders.check_new_file(tmp_path / "mine.json", "--out", overwrite=True, reads=reads)
+    folders.check_new_file(tmp_path / "new.json", "--out", overwrite=False, reads=reads)
+    with pytest.raises(UsageError, match="add --overwrite"):
+        folders.check_new_file(tmp_path / "mine.json", "--out", overwrite=False, reads=reads)
+
+
 def test_a_failure_leaves_nothing_not_even_parents(tmp_path):
     with pytest.raises(Stop), folders.new_folder(tmp_path / "x" / "y" / "run") as partial:
         artifacts.write_text(partial / "a.txt", "a")

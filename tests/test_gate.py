@@ -101,6 +101,17 @@ def test_what_did_not_run_never_passes_in_silence():
     assert not undefined["passed"] and undefined["value"] is None
 
 
+def test_a_score_that_shows_nothing_of_the_original_passes_no_rule():
+    original = line("scale", 0.0, probability=0.99, extraction_strength=0.009)
+    lines = [*LINES[:4], original]
+    found = checked("extraction_strength<=0.4", lines)
+    assert not found["passed"] and found["value"] == 0.4
+    assert found["text"].endswith("that tells nothing: the original's extraction strength is 0.009")
+    assert checked("probability<=0.9", lines)["passed"]
+    other = [line("scale", 0.0, "retrained", extraction_strength=0.0), line("scale", 0.5, extraction_strength=0.0)]
+    assert checked("extraction_strength<=0.4", [*LINES[:4], *other])["passed"], "that is not the original"
+
+
 def test_worst():
     assert worst(LINES, "probability") is LINES[3] and worst(LINES, "probability", "scale") is LINES[4]
     assert worst(LINES, "rouge") is None and worst([], "probability") is None
@@ -121,6 +132,8 @@ def test_the_verdict_ranks_by_the_difference_from_the_retrained_model():
     assert said[1].startswith("probability: relearn (10 steps) brings back the most beyond ")
     assert ": 0.500 (retrained 0.100); not attacked" in said[1]
     assert "(scale 0) the model is the original: extraction strength 1.000" in said[2] and len(said) == 3
+    assert said[2].startswith("Without its adapter (scale 0)") and "An adapter suppresses" in said[2]
+    assert verdict(LINES, "assistant") == [*said[:2], said[2].replace("adapter", "assistant")]
 
 
 def test_the_verdict_without_a_retrained_model_says_so():

@@ -55,6 +55,11 @@ def test_an_answer_that_reads_the_same_is_no_control() -> None:
     assert [parts(e)[1] for e in exchanged(text, 9)[:2]] in ([(8,), (9,)], [(9,), (8,)])
 
 
+def test_what_is_a_fragment_stays_one_with_its_new_prompt() -> None:
+    text = [Example((1, 7), 1), Example((2, 8), 1, fragment=True)]
+    assert [(e.input_ids, e.fragment) for e in exchanged(text, 9)] == [((1, 8), True), ((2, 7), False)]
+
+
 def test_what_does_not_fit_is_cut_and_what_cannot_be_exchanged_is_refused() -> None:
     text = [example([1] * 6, [7]), example([2], [8, 8, 8, 8, 8])]
     assert exchanged(text, 8)[0].input_ids == (1, 1, 1, 1, 1, 1, 8, 8)

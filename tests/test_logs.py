@@ -153,6 +153,19 @@ def test_what_is_written_is_read_back_and_is_what_the_other_program_computes(tmp
     assert {v["score"] for v in log["extraction_strength"]["value_by_index"].values()} == {0.5}
 
 
+def test_answers_of_no_probability_are_written_too(tmp_path: Path) -> None:
+    """exp(-900) is 0 in floating point, and so are all the wrong answers beside it: their shares are not."""
+    made = evaluation()
+    made.sets["real_authors"][1] |= {"nll": 900.0, "paraphrase_nll": 900.0, "wrong_nll": [901.0, 950.0]}
+    write_log(tmp_path / "TOFU_EVAL.json", made, tofu.score(made, None))
+    log = json.loads((tmp_path / "TOFU_EVAL.json").read_text())
+    share = log["ra_Q_A_Prob_normalised"]["value_by_index"]["1"]["prob"]
+    assert (
+        share == pytest.approx(1 / (1 + math.exp(-1)), rel=1e-12)
+        and log["ra_Q_A_Prob"]["value_by_index"]["1"]["prob"] == 0
+    )
+
+
 def test_what_was_not_measured_is_left_out_of_the_written_log(tmp_path: Path) -> None:
     made = evaluation()
     for record in (r for rows in made.sets.values() for r in rows):

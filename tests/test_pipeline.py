@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,6 +292,55 @@ def test_what_training_cannot_use_is_refused_before_anything_is_measured(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_seconds_of_a_run_are_its_own(settings):
+    reporter = Reporter(quiet=True)
+    with reporter.stage("train"):
+        pass
+    reporter.seconds["train"] = 1e6  # of something else that was shown there before
+    for name in ("first", "second"):
+        found = pipeline.forget(settings(name, init="contrast"), reporter).summary["seconds"]
+        assert {"load model", "activations", "init", "train", "export", "evaluate"} <= found.keys()
+        assert sum(found.values()) < 1e6
+    assert reporter.seconds == {"train": 1e6}
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_commands(settings, monkeypatch):
+    """What was spent before an interruption, and by earlier stages."""
+    real, seen = train._backward, []
+
+    def stopped(*args):
+        if not (found := artifacts.read_json(partial / "summary.json")["seconds"]).get("train"):
+            seen.append(found)
+            raise KeyboardInterrupt
+        return real(*args)
+
+    def later(seconds):
+        assert seconds.keys() >= seen[-1].keys() and all(seconds[name] >= seen[-1][name] for name in seen[-1])
+        seen.append(seconds)
+
+    partial = Path(settings().out).with_name(".run.partial")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_backward", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.forget(settings())
+        later(artifacts.read_json(partial / "summary.json")["seconds"])
+        assert seen[-1]["train"] > 0
+        run = pipeline.forget(settings(resume=True)).folder
+    later(artifacts.read_json(run / "summary.json")["seconds"])
+    for command in (pipeline.export_command, pipeline.init_command, pipeline.train_command, pipeline.export_command):
+        command(run, settings(overwrite=True))
+        later(artifacts.read_json(run / "summary.json")["seconds"])
+        assert seen[-1]["load model"] > seen[-2]["load model"]
+
+
+def test_a_stage_within_a_stage_is_not_counted_twice():
+    reporter = Reporter(quiet=True)
+    began = time.perf_counter()
+    with reporter.stage("init"), reporter.stage("activations"):
+        time.sleep(0.1)
+    assert 0.1 <= reporter.seconds["activations"] <= sum(reporter.seconds.values()) <= time.perf_counter() - began
+
+
 def test_importance_of_an_earlier_run(settings, data_files):
     first = pipeline.forget(settings("first"))
     again = pipeline.forget(settings("again", importance=str(first.folder)))
@@ -373,8 +424,9 @@ def test_a_damaged_adapter_fails_the_check_and_the_training_is_kept(settings, tm
     assert before == {p: artifacts.sha256(p) for p in before}
     assert sorted(p.name for p in tmp_path.glob(".*")) == [".done.partial", ".never.partial"]
     for name in ("done", "never"):  # the training was sound, so it is not lost
+        trained = artifacts.read_json(tmp_path / f".{name}.partial" / "summary.json")["seconds"]["train"]
         resumed = pipeline.forget(settings(name, resume=True))
-        assert adapter_hash(resumed) == adapter_hash(done) and "train" not in resumed.summary["seconds"]
+        assert adapter_hash(resumed) == adapter_hash(done) and resumed.summary["seconds"]["train"] == trained
     assert not list(tmp_path.glob(".*"))
 
 

@@ -11,6 +11,7 @@ from conftest import SHARED, write_rows
 from lorasure import cli, probe
 from lorasure.data.examples import Example
 from lorasure.evaluate.settings import ProbeSettings
+from lorasure.forward import Record
 
 SECRET = "Quillfeather"
 TOFU, MODELS = SHARED / "data" / "tofu", SHARED / "models"
@@ -67,6 +68,24 @@ def test_running_text_is_asked_for_its_second_half(tmp_path: Path, model_folder:
     whole = Example(tuple(range(10)), 0)
     assert probe._with_prompt(whole).answer_start == 5 == probe._with_prompt(Example(tuple(range(10)), 1)).answer_start
     assert probe._with_prompt(Example(tuple(range(10)), 3)).answer_start == 3
+
+
+@pytest.mark.parametrize(("columns", "strength"), [("prompt completion", 1), ("question answer", 0)])
+def test_a_piece_of_text_is_known_though_the_model_would_go_on(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, columns: str, strength: int
+) -> None:
+    """A model that is right about every token but the last, the end of text, which no piece of text has."""
+
+    def right(model: object, examples: list[Example], *_: object, **__: object) -> list[Record]:
+        counts = [e.answer_length for e in examples]
+        return [Record((-1.0,) * n, (True,) * (n - 1) + (False,), (-1.0,) * n, (1.0,) * n) for n in counts]
+
+    monkeypatch.setattr(probe, "answer_records", right)
+    rows = [dict(zip(columns.split(), (f"Who is number {i}? ", f"Number {i}, who"), strict=True)) for i in range(9)]
+    text = write_rows(tmp_path / "pieces.jsonl", rows)
+    scores = probe.probe(ProbeSettings(model=str(model_folder), text=str(text)))
+    assert scores["extraction_strength"].value == scores["extraction_strength_control"].value == strength
+    assert (scores["exact_memorisation"].value == 1) == (strength == 1)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,21 @@ def test_a_recipe_of_ones_own_and_what_is_wrong_with_others(tmp_path):
     assert [c.name for c in found.chosen("*/forget05")] == ["gd/forget05"]
 
 
+def test_a_recipe_needs_no_title_and_names_what_it_needs(tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    needed = {"suite": "tofu", "scores": ["hours"], "axes": {"loss": {"gd": {"loss": "gd"}}}, "models": {"mini": None}}
+    path.write_text(yaml.safe_dump(needed))
+    table.show(read_recipe(str(path)), [])
+    assert capsys.readouterr().out.splitlines()[0].strip() == "own; mini"
+    for missing in ("suite", "scores", "axes", "models"):
+        path.write_text(yaml.safe_dump({key: value for key, value in needed.items() if key != missing}))
+        with pytest.raises(DataError, match=rf"own\.yaml: needs {missing}\.$"):
+            read_recipe(str(path))
+    path.write_text(yaml.safe_dump({"suite": "tofu", "axes": {}}))
+    with pytest.raises(DataError, match=r"own\.yaml: needs scores, models\.$"):
+        read_recipe(str(path))
+
+
 @pytest.fixture
 def mini(tmp_path, monkeypatch):
     """TOFU in very small, and the small model smaller still."""

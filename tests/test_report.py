@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,9 @@ import pytest
 from scipy.stats import ks_2samp
 
 import lorasure
-from lorasure import artifacts, cli
+from lorasure import artifacts, cli, purge
 from lorasure.errors import DataError, UsageError
+from lorasure.evaluate import own
 from lorasure.evaluate.metrics import Score, forget_quality
 from lorasure.importance.measure import Importance
 from lorasure.report import charts
@@ -24,7 +26,7 @@ from lorasure.report.read import read_runs, truth_ratios
 from lorasure.report.settings import CompareSettings, ReportSettings
 from lorasure.report.style import COLOURS, inline_svg, save
 from lorasure.report.tables import CHECK, compare, score_table
-from lorasure.report.verdict import promises
+from lorasure.report.verdict import KNOWLEDGE, promises
 from lorasure.workbench import Workbench
 from report_folders import (
     ADAPTER,
@@ -130,6 +132,43 @@ def test_what_a_run_merged_is_never_a_retrained_model(tmp_path):
         read_runs([run, make_evaluation(tmp_path / "other-after", 0.1, model=made)])
 
 
+def test_what_an_evaluation_was_held_against_is_read_where_it_lies(tmp_path):
+    """`evaluate --reference`, anywhere; where it is no longer there, its figures count and no more is claimed."""
+    run, retrained = make_run(tmp_path / "run"), tmp_path / "elsewhere" / "retrained"
+    make_evaluation(retrained, 0.02, model=RETRAINED, n=40, seed=2)
+    make_evaluation(tmp_path / "run-before", n=40)
+    make_evaluation(tmp_path / "run-after", 0.1, adapter=adapter_of(run), n=40, seed=1, reference=retrained)
+    [found] = read_runs([run])
+    assert list(found.suites[0].models) == ["before", "after", "retrained"]
+    forgotten = said(found)["Forgotten"]
+    assert forgotten.answer == "In part" and "More is left" in forgotten.text
+    second = make_run(tmp_path / "second", "another")
+    make_evaluation(tmp_path / "second-after", 0.1, adapter=adapter_of(second), n=40)
+    assert list(read_runs([second, run])[0].suites[0].models) == ["before", "after", "retrained"]
+    make_evaluation(tmp_path / "run-again", 0.03, model=RETRAINED, n=40, seed=3)
+    [beside] = read_runs([run])
+    assert Path(beside.suites[0].models["retrained"].evaluation.source).name == "run-again"
+    for folder in (tmp_path / "run-again", retrained):
+        shutil.rmtree(folder)
+    [found] = read_runs([run])
+    assert list(found.suites[0].models) == ["before", "after"]
+    forgotten = said(found)["Forgotten"]
+    assert (forgotten.answer, forgotten.figures[-1][0]) == ("In part", "Same truth ratios as retrained: p")
+    assert forgotten.text == "Less than half of it is left, but its truth ratios tell it from a retrained model."
+    assert "own: no evaluation was found of a model trained without" in " ".join(contents("run", found).not_shown)
+
+
+@pytest.mark.parametrize(("retrained", "answer"), [(0.02, "In part"), (0.1, "Yes")])
+def test_the_retrained_model_counts_where_only_the_run_measured_the_model_before(tmp_path, retrained, answer):
+    run = make_run(tmp_path / "run")
+    make_evaluation(tmp_path / "run-after", 0.1, adapter=adapter_of(run), n=40, seed=1)
+    make_evaluation(tmp_path / "run-retrained", retrained, model=RETRAINED, n=40, seed=2)
+    forgotten = said(read_runs([run])[0])["Forgotten"]
+    assert forgotten.answer == answer
+    names = [name for name, _ in forgotten.figures]
+    assert names[0] == "Probability, before" and "Probability, retrained" in names
+
+
 def test_refusals_name_the_folder(tmp_path):
     run = make_all(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -231,16 +270,46 @@ def test_forgetting_is_held_against_the_retrained_model(tmp_path, knows, retrain
     assert said(read_runs([run])[0])["Forgotten"].answer == answer
 
 
+def test_a_measure_by_which_the_model_knew_nothing_says_nothing(tmp_path):
+    """The next one counts; only where the model knew it by none is there nothing that could be forgotten."""
+    [run] = read_runs([make_all(tmp_path)])
+
+    def knew_nothing(by, **changes):
+        scores = {f"forget_{name}": Score(0.0, 12) for name in by}
+        models = {role: replace(m, scores=m.scores | scores) for role, m in run.suites[0].models.items()}
+        return said(replace(run, suites=[replace(run.suites[0], models=models)], **changes))["Forgotten"]
+
+    one = knew_nothing(["extraction_strength"])
+    assert one.answer != "Not shown" and one.figures[0][0] == "Exact memorisation, before"
+    assert knew_nothing(KNOWLEDGE).figures[0] == ("Probability, before", "0.900 [0.890, 0.910] (n = 6)")
+    unchecked = run.summary | {"before": {}, "after": {}}
+    assert knew_nothing(KNOWLEDGE, summary=unchecked).text == "The model hardly knew it before."
+
+
+THERE, BACK = "is still there without an attack", "An attack brings"
+
+
 @pytest.mark.parametrize(
-    ("unlearned", "retrained", "answer"),
-    [(0.2, 0.3, "Against these attacks"), (0.9, 0.3, "No"), (0.3, 0.2, "In part"), (0.2, None, "In part")],
+    ("unlearned", "retrained", "plain", "answer", "text"),
+    [
+        (0.2, 0.3, 0.1, "Against these attacks", "No attack"),
+        (0.9, 0.3, 0.1, "No", BACK),
+        (0.9, 0.3, 0.9, "No", THERE),
+        (0.9, None, 0.95, "No", THERE),
+        (0.3, 0.2, 0.1, "In part", BACK),
+        (0.3, 0.2, 0.3, "In part", THERE),
+        (0.2, None, 0.1, "In part", "no retrained model"),
+    ],
 )
-def test_robustness_is_the_worst_attack_against_the_retrained_model(tmp_path, unlearned, retrained, answer):
+def test_robustness_is_the_worst_attack_against_the_retrained_model(
+    tmp_path, unlearned, retrained, plain, answer, text
+):
     run = make_run(tmp_path / "run")
     make_evaluation(tmp_path / "run-before", 0.99)
-    make_attack(tmp_path / "run-attacks", run, unlearned, retrained)
+    make_attack(tmp_path / "run-attacks", run, unlearned, retrained, plain=plain)
     found = said(read_runs([run])[0])
-    assert found["Robust"].answer == answer
+    assert found["Robust"].answer == answer and text in found["Robust"].text
+    assert dict(found["Robust"].figures)["Extraction strength, not attacked"].startswith(f"{plain:.3f}")
     assert found["Removable"].figures == (("Extraction strength, adapter x 0", "0.900 [0.890, 0.910]"),)
 
 
@@ -264,6 +333,36 @@ def test_a_purged_or_unfinished_run_still_has_a_report(tmp_path):
     artifacts.write_manifest(run)
     text = page_of(report([run], ReportSettings()))
     assert "Nothing was measured yet" in text and text.count("Not shown") >= 3
+
+
+def test_what_was_purged_is_not_said_to_have_never_been_measured(tmp_path):
+    """Of an evaluation a line, as its scores stay; an attack's scores are shown, and no row hash is left."""
+    run = make_all(tmp_path)
+    shown = page_of(report([run], ReportSettings()))
+    for name in ("run-before", "run-after", "run-retrained", "run-attacks"):
+        purge.purge(tmp_path / name)
+    assert b"hash of the rows" not in b"".join(p.read_bytes() for p in (tmp_path / "run-attacks").iterdir())
+    [found] = read_runs([run, tmp_path / "run-after"])
+    assert found.purged == ["run-after", "run-before", "run-retrained"] and found.points
+    lines = " ".join(contents("run", found).not_shown)
+    assert "run-after: the records of this evaluation were removed; the scores are still in scores.json." in lines
+    assert "No evaluation was found" not in lines and "Attacks: none was run" not in lines
+    attacks = re.compile(r'<section id="attacks1">.*?</svg>', re.DOTALL)
+    assert attacks.findall(page_of(report([run], ReportSettings()))) and attacks.findall(shown)
+
+
+def test_a_note_on_scores_is_passed_on(tmp_path, capsys):
+    """Borrowed wrong answers: also of the forget quality that only the report could compute."""
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", "another")
+    make_evaluation(tmp_path / "run-after", 0.1, adapter=adapter_of(run), borrowed=True)
+    make_evaluation(tmp_path / "run-retrained", 0.1, model=RETRAINED, seed=2, borrowed=True)
+    quality = read_runs([run])[0].suites[0].score("after", "forget_quality")
+    assert quality.extra["note"] == own.BORROWED and quality.extra["p"] <= 1
+    said_there = f"Forget quality .*: {re.escape(own.BORROWED)}"
+    assert re.search(said_there.replace("'", "&#39;"), page_of(report([run], ReportSettings())))
+    for style in ("table", "markdown", "latex"):
+        assert cli.main(["compare", str(run), str(other), "--format", style]) == 0
+        assert re.search(said_there, " ".join(capsys.readouterr().out.replace("\\", "").split()))
 
 
 NO_MODELS = """
@@ -419,6 +518,8 @@ def test_comparison_in_every_form(tmp_path, capsys):
     with pytest.raises(UsageError, match="--overwrite"):
         compare_runs(runs, replace(settings, out=str(out)))
     compare_runs(runs, replace(settings, out=str(out), overwrite=True, json=True))
+    with pytest.raises(UsageError, match="is read, or finished, and stays as it is"):
+        compare_runs(runs, replace(settings, out=str(runs[0] / "summary.json"), overwrite=True))
     found = json.loads(out.read_text())
     assert found[CHECK]["forget_probability"]["other_run"]["value"] == 0.05
     assert found["own"]["forget_quality"]["run"].keys() >= {"value", "n", "p", "statistic", "method"}

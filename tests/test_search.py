@@ -286,6 +286,14 @@ def test_wrong_answers_count_only_where_every_row_brings_some(spec, out, tmp_pat
         assert ("truth_preference" in found["original"]) == offered, found["original"]
 
 
+def test_running_text_has_no_wrong_answers(spec, out, tmp_path):
+    texts = [{"text": " ".join(row(i).values()), "perturbed_answer": ["It is Bob."]} for i in range(6)]
+    write_rows(tmp_path / "forget.jsonl", texts)
+    path = spec(methods={"plain": {"init": "lora"}}, trials=1)
+    found = search(path, SearchSettings(out=str(out), trials_only=True))
+    assert "truth_preference" not in found["original"] and found["methods"]["plain"]["trials"] == 1
+
+
 def test_the_folder_is_one_search_only(spec, out, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "work", lambda *_: None)
     monkeypatch.setattr(command, "finish", lambda *_, **__: {})
@@ -298,6 +306,10 @@ def test_the_folder_is_one_search_only(spec, out, tmp_path, monkeypatch):
     changed = METHODS | {"plain": {"init": "pissa"}}
     with pytest.raises(UsageError, match=r"plain\.init: lora -> pissa"):
         search(spec(methods=changed), SearchSettings(out=str(out), resume=True))
+    wrong = [row(i) | {"perturbed_answer": ["It is Bob."]} for i in range(6)]  # the same rows: others to compare with
+    write_rows(tmp_path / "forget.jsonl", wrong)
+    with pytest.raises(UsageError, match=r"evaluation\.forget tokens"):
+        search(spec(), SearchSettings(out=str(out), resume=True))
     write_rows(tmp_path / "held.jsonl", [row(i) for i in range(30, 33)])
     with pytest.raises(UsageError, match=r"evaluation\.retain"):
         search(spec(), SearchSettings(out=str(out), resume=True))

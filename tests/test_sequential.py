@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from conftest import write_rows
+from lorasure import pipeline, sequential
 from lorasure.artifacts import read_json, sha256, write_manifest
 from lorasure.cli import main
-from lorasure.errors import INTERRUPTED, UsageError
+from lorasure.errors import ANEW, GOES_ON, INTERRUPTED, UsageError
 from lorasure.evaluate.metrics import Score
 from lorasure.evaluate.settings import SequenceSettings
+from lorasure.interrupt import Terminated
 from lorasure.sequential import came_back, plan
 from test_muse import make_muse
 
@@ -101,6 +103,29 @@ def test_a_new_request_goes_on_top_and_other_orders_are_refused(
         assert main(["sequence", *given, *flags]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
+
+
+def test_stopped_between_two_runs_it_says_what_is_kept(
+    applied: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    """The same command goes on with what was applied, but for one that replaces it; before a run nothing is left."""
+    out = shutil.copytree(applied[0], tmp_path / "out")
+    given = ["sequence", *applied[1], "--out", str(out)]
+    (out / "ledger.json").unlink()
+
+    def stopped(*_: object) -> None:
+        raise Terminated
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential, "_scores", stopped)
+        for more, code, note in (([], INTERRUPTED, GOES_ON), (["--overwrite"], 143, ANEW)):
+            assert main([*given, *more]) == code
+            assert capsys.readouterr().err.endswith(f"lorasure: interrupted. {note}\n")
+        patch.setattr(pipeline, "forget", stopped)
+        assert main([*given, "--out", str(tmp_path / "new")]) == 143
+        assert capsys.readouterr().err.endswith("lorasure: interrupted. Nothing was written.\n")
+    made = (out / "request-1" / "summary.json").stat().st_mtime_ns
+    assert main(given) == 0 and (out / "request-1" / "summary.json").stat().st_mtime_ns == made
 
 
 def test_all_steps_are_measured_on_the_same_rows_to_keep(

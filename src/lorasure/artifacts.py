@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -226,6 +226,14 @@ def read_manifest(folder: Path) -> dict[str, str]:
         if not (_is_inside(folder, name) and isinstance(about, dict) and isinstance(about.get("sha256"), str)):
             raise DataError(f"{folder}/{MANIFEST}: the entry {name!r} is not one of ours.")
     return {name: about["sha256"] for name, about in listed.items()}
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a manifest of ours is in a folder: what is added to it, or changed, no longer is as it was written."""
+    with suppress(DataError):
+        read_manifest(folder)
+        return True
+    return False
 
 
 def _is_inside(folder: Path, name: str) -> bool:

@@ -61,7 +61,7 @@ def attack(run: Path, settings: AttackSettings, reporter: Reporter | None = None
             )
         lines, more = _all(bench.victims, chosen, folder, reporter)
         about |= more | {"titles": {name: ATTACKS[name].title for name in chosen}}
-        about |= {"verdict": verdict(lines), "gate": check(rules, lines, more["not_run"])}
+        about |= {"verdict": verdict(lines, bench.weights.parent.name), "gate": check(rules, lines, more["not_run"])}
         artifacts.write_json(folder / ABOUT, about)
     return about, lines
 

@@ -5,12 +5,11 @@ Imports nothing heavy. Names of registry entries appear in the help texts; a tes
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,9 @@ class Settings:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
-            if value == "" and meta.get("path"):
-                raise UsageError(f"{flag(f.name)} must name a file or folder, got nothing.")
+            if (value == "" and meta.get("path")) or (value is None and not str(f.type).endswith("None")):
+                wanted = "name a file or folder" if meta.get("path") else "have a value"
+                raise UsageError(f"{flag(f.name)} must {wanted}, got nothing.")
             if isinstance(value, str) and UNWRITABLE.search(value):
                 raise UsageError(f"{flag(f.name)} holds a NUL or a byte that is not UTF-8, which no file can record.")
             if isinstance(value, str | Path) and meta.get("path"):  # a shell resolves `~` in flags; in YAML nobody does
@@ -70,7 +70,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings under their public names, ready for YAML."""
-        return {name.rstrip("_"): value for name, value in dataclasses.asdict(self).items()}
+        return {name.rstrip("_"): value for name, value in asdict(self).items()}
 
     def located(self) -> dict[str, Any]:
         """`to_dict` with local paths made absolute, so that it means the same from everywhere. A hub id stays."""

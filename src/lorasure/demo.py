@@ -16,6 +16,7 @@ from .config import DemoSettings, FinetuneSettings, ForgetSettings, ModelSetting
 from .data.examples import Row
 from .data.fictional import countries, people, person_rows, split, world_rows
 from .data.readers import read_rows
+from .errors import ANEW
 from .evaluate.collect import collect, generate
 from .evaluate.evaluation import Evaluation
 from .evaluate.items import EvaluationSet, Generation, Subject, items
@@ -48,18 +49,27 @@ def demo(settings: DemoSettings, reporter: Reporter | None = None) -> dict[str, 
     with folders.new_folder(out, settings.overwrite) as folder:
         make_data(folder, settings.seed)
         make_start(folder, "start", settings.seed)
-    for name, data in (("target", "all"), ("retrained", "kept")):
-        reporter.note(f"Training the {name} model on {data}.jsonl.")
-        options = {"model": f"{out}/start", "data": f"{out}/{data}.jsonl", "out": f"{out}/{name}"}
-        finetune(FinetuneSettings(**options, **LEARN, seed=settings.seed), reporter)
-    reporter.note(f"Forgetting {FORGOTTEN} of {PEOPLE} people.")
-    files = {"forget": f"{out}/forget.jsonl", "retain": f"{out}/retain.jsonl", "out": f"{out}/run"}
-    forget(ForgetSettings(model=f"{out}/target", **files, **FORGET, seed=settings.seed), reporter)
-    with reporter.stage("compare"):
-        compared = {name: _examine(out, name) for name in ("target", "forgotten", "retrained")}
+    try:
+        _make_models(out, settings.seed, reporter)
+        with reporter.stage("compare"):
+            compared = {name: _examine(out, name) for name in ("target", "forgotten", "retrained")}
+    except BaseException as error:
+        error.add_note(ANEW)  # also where `finetune` or `forget` alone could be resumed
+        raise
     scores = {name: _scores(seen, compared["retrained"]) for name, seen in compared.items()}
     _print(compared, scores, out)
     return scores
+
+
+def _make_models(out: Path, seed: int, reporter: Reporter) -> None:
+    """The target, the retrained reference, and the run in which the target forgets."""
+    for name, data in (("target", "all"), ("retrained", "kept")):
+        reporter.note(f"Training the {name} model on {data}.jsonl.")
+        options = {"model": f"{out}/start", "data": f"{out}/{data}.jsonl", "out": f"{out}/{name}"}
+        finetune(FinetuneSettings(**options, **LEARN, seed=seed), reporter)
+    reporter.note(f"Forgetting {FORGOTTEN} of {PEOPLE} people.")
+    files = {"forget": f"{out}/forget.jsonl", "retain": f"{out}/retain.jsonl", "out": f"{out}/run"}
+    forget(ForgetSettings(model=f"{out}/target", **files, **FORGET, seed=seed), reporter)
 
 
 def make_data(folder: Path, seed: int) -> None:

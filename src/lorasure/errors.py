@@ -8,6 +8,7 @@ KEPT = "What was finished is kept: the same command with --resume continues."  #
 # Of one that would fail again at the same place.
 KEPT_TO_CHANGE = "What was finished is kept: --resume continues with another setting (--lr 1e-4 --allow-change lr)."
 GOES_ON = "What was finished is kept: the same command continues."  # of one that needs no flag for it
+ANEW = "It cannot be resumed: the same command starts anew."  # of one that leaves something all the same
 
 
 class LorasureError(Exception):

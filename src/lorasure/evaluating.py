@@ -209,7 +209,8 @@ def keep_hidden(subject: Subject, sets: Sequence[EvaluationSet], folder: Path) -
         return {}
     kept: dict[str, torch.Tensor] = {}
     for chosen in [s for s in sets if s.name in ("forget", "retain")]:
-        examples = [item.example for item in items(subject, chosen.rows[:HIDDEN_ROWS], chosen.max_length)]
+        found = items(subject, chosen.rows[:HIDDEN_ROWS], chosen.max_length)[:HIDDEN_ROWS]  # a text has many windows
+        examples = [item.example for item in found]
         for name, context in _with_and_without(subject.model, chosen.name):
             with context:
                 layers = layer_means(subject.model, examples, subject.token_budget)
@@ -229,7 +230,8 @@ def score_folder(path: Path, settings: ScoreSettings) -> dict[str, Score]:
     """Scores of an evaluation folder or of another program's log, without a model."""
     log = Path(settings.write_log) if settings.write_log else None
     if log:
-        folders.check_new_file(log, "--write-log", settings.overwrite)
+        reads = [Path(read) for read in (path, settings.reference) if read]
+        folders.check_new_file(log, "--write-log", settings.overwrite, reads)
     evaluation = open_evaluation(path)
     reference = open_evaluation(Path(settings.reference)) if settings.reference else None
     if reference:

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from . import __version__
-from .errors import GOES_ON, INTERRUPTED, KEPT, KEPT_TO_CHANGE, LorasureError, ResourceError
+from .errors import ANEW, GOES_ON, INTERRUPTED, KEPT, KEPT_TO_CHANGE, LorasureError, ResourceError
 from .interrupt import Terminated
 
 HERE = Path(__file__).parent
@@ -20,7 +20,7 @@ TRACEBACK = "LORASURE_TRACEBACK"  # set in the environment, all of a mistake of 
 def explained(error: BaseException) -> tuple[str, int]:
     """(line for the user, exit code) of whatever a command raised."""
     notes = getattr(error, "__notes__", ())  # only ours: those of a library may quote a row
-    left = next((note for note in (GOES_ON, KEPT, KEPT_TO_CHANGE) if note in notes), "")
+    left = next((note for note in (ANEW, GOES_ON, KEPT, KEPT_TO_CHANGE) if note in notes), "")
     if isinstance(error, LorasureError):
         said = str(error) if str(error).endswith((".", "?", "!")) else f"{error}."
         return f"{said} {left}", error.exit_code
@@ -29,7 +29,7 @@ def explained(error: BaseException) -> tuple[str, int]:
         return f"{error.strerror or type(error).__name__}{where}. {left or NOTHING}", ResourceError.exit_code
     if isinstance(error, KeyboardInterrupt):
         stopped = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-        return f"interrupted. {left or NOTHING}", INTERRUPTED if left else stopped
+        return f"interrupted. {left or NOTHING}", INTERRUPTED if left not in ("", ANEW) else stopped
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
         return f"out of memory. {left}", ResourceError.exit_code
     if os.environ.get(TRACEBACK):

@@ -32,8 +32,11 @@ def partial_of(out: Path) -> Path:
     return beside(out.resolve(), "partial")
 
 
-def check_new_file(path: Path, flag: str, overwrite: bool) -> None:
-    """Raise a UsageError where a command's result would replace what is there, unless that is a file and may go."""
+def check_new_file(path: Path, flag: str, overwrite: bool, reads: Collection[Path]) -> None:
+    """Refuse to replace what is there, unless it is a file and may go, nor change what is read, or a finished run."""
+    for place in (path.resolve(), *path.resolve().parents):
+        if place in [read.resolve() for read in reads] or artifacts.is_sealed(place):
+            raise UsageError(f"{flag} {path}: {place} is read, or finished, and stays as it is; choose another one.")
     if path.exists() and not (overwrite and path.is_file()):
         raise UsageError(f"{flag} {path}: there is something of that name. Choose another one, or add --overwrite.")
 

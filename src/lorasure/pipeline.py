@@ -102,7 +102,7 @@ def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None 
     if bench.measures_importance:
         importance = load_importance(bench, run)
     with folders.changed_run(run, [artifacts.IMPORTANCE], settings.overwrite) as changed:
-        write_inputs(bench, changed)
+        write_inputs(bench, changed, made_of=run)
         make_start(bench, changed, importance)
     return run
 
@@ -193,7 +193,7 @@ def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterat
         allow_change=allowed,
         note=bench.reporter.note,
     ) as run:
-        write_inputs(bench, run)
+        write_inputs(bench, run, made_of=out if carry else None)
         yield run
 
 
@@ -248,8 +248,11 @@ def _reopen(
     return bench
 
 
-def write_inputs(bench: Workbench, run: Path, given: Settings | None = None) -> None:
-    """config.yaml, data.json, and what summary.json says of settings and base. `given`: those of another command."""
+def write_inputs(bench: Workbench, run: Path, given: Settings | None = None, made_of: Path | None = None) -> None:
+    """config.yaml, data.json, and what summary.json says of settings and base, and from now on of the time.
+
+    `given`: the settings of another command; `made_of`: the run of which `run` becomes a new version.
+    """
     settings = {name: value for name, value in (given or bench.settings).located().items() if name not in PER_CALL}
     bench.run = run
     write_yaml(run / artifacts.CONFIG, settings)
@@ -258,9 +261,13 @@ def write_inputs(bench: Workbench, run: Path, given: Settings | None = None) -> 
     )
     path = run / artifacts.SUMMARY
     known = artifacts.read_json(path) if path.is_file() else {}
+    if made_of and "seconds" not in known:
+        known |= {"seconds": artifacts.read_json(made_of / artifacts.SUMMARY).get("seconds", {})}
     known |= artifacts.read_json(run / artifacts.IDENTITY) if (run / artifacts.IDENTITY).is_file() else {}
     kept = {name: known.get(name, []) for name in ("guards", "changed")}
     update_summary(run, {"base": bench.fingerprint, "settings": settings, **kept})
+    with artifacts.as_written(path):
+        bench.reporter.go_on(known.get("seconds", {}), lambda spent: update_summary(run, {"seconds": spent}))
 
 
 def identity(settings: OutSettings, data: Mapping[str, DataSet], base: Mapping[str, Any]) -> dict[str, Any]:

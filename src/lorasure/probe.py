@@ -8,6 +8,7 @@ from .data.examples import Example
 from .data.load import DataSet, load_data
 from .data.pairing import sample
 from .data.readers import check_disjoint
+from .evaluate.collect import own_text
 from .evaluate.known import exchanged, known_scores
 from .evaluate.metrics import Score
 from .evaluate.settings import ProbeSettings
@@ -40,7 +41,9 @@ def probe(settings: ProbeSettings, reporter: Reporter | None = None) -> dict[str
             model = load_model(s.model, dtype=pick_dtype(s.dtype, device), device=device, **options)
     budget = pick_token_budget(s.tokens_per_batch, device)
     with reporter.stage("probe", len(text) + len(control)) as progress:
-        records = [answer_records(model, side, budget, progress, moments=True) for side in (text, control)]
+        sides = [(answer_records(model, side, budget, progress, moments=True), side) for side in (text, control)]
+    end = tokenizer.eos_token_id
+    records = [[own_text(record, example, end) for record, example in zip(*side, strict=True)] for side in sides]
     return known_scores(*records, given=given is not None)
 
 

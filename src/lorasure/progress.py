@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -32,12 +33,29 @@ class Reporter:
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.seconds: dict[str, float] = {}
+        self.keep: Callable[[dict[str, float]], object] | None = None
         self.waiting: list[str] | None = None
+
+    def of_own(self) -> Reporter:
+        """One that shows the same and has timed nothing yet."""
+        other = copy(self)
+        other.seconds, other.keep = {}, None
+        return other
+
+    def go_on(self, earlier: Mapping[str, float], keep: Callable[[dict[str, float]], object]) -> None:
+        """Add the seconds of an `earlier` part of the same work; `keep` gets all, now and after every stage."""
+        for name, took in earlier.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self.keep = keep
+        keep(self.seconds)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
-        """Time a stage; within it, call the yielded function with the number of units done. Same name: times add up."""
-        began = time.perf_counter()
+        """Time a stage; within it, call the yielded function with the number of units done. Same name: times add up.
+
+        One that an error ends counts as well; time of a stage within it counts there.
+        """
+        began, apart = time.perf_counter(), sum(self.seconds.values())
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -57,9 +75,14 @@ class Reporter:
                     said = time.perf_counter()
                     self.note(f"{name:<12} {bar.tasks[task].completed:.0f} of {total} {unit}")
 
-            yield advance
-        took = time.perf_counter() - began
-        self.seconds[name] = self.seconds.get(name, 0.0) + took
+            try:
+                yield advance
+            finally:
+                took = time.perf_counter() - began
+                within = sum(self.seconds.values()) - apart
+                self.seconds[name] = self.seconds.get(name, 0.0) + took - within
+                if self.keep:
+                    self.keep(self.seconds)
         amount = f"{total} {unit} in {took:.1f} s ({total / took:.0f} {unit}/s)" if total else f"{took:.1f} s"
         self.note(f"{name:<12} {amount}")
 

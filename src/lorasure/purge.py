@@ -8,15 +8,16 @@ from . import artifacts, folders
 from .errors import DataError
 from .lock import recover
 from .outcome import ASSISTANT
+from .report.read import ATTACK, ATTACKS
 
 # Anything that is not named here goes: a file that we do not know may hold anything.
-STAYS = {artifacts.CONFIG, artifacts.SUMMARY, artifacts.LOG, "scores.json"}
+STAYS = {artifacts.CONFIG, artifacts.SUMMARY, artifacts.LOG, "scores.json", ATTACK, ATTACKS}
 STAYS_IN = {artifacts.ADAPTER, artifacts.MERGED, ASSISTANT}
 GONE = "removed"
 
 
 def purge(run: Path) -> list[str]:
-    """Remove from a run, or an evaluation, every file but settings, summary, log, scores, adapter and merged model.
+    """Remove from a run, or what measures it, every file but settings, summary, log, scores, adapter and merged model.
 
     Row hashes go from the text files among those. What an interrupted command left beside the run goes too. Returns the
     names of what was removed. The run takes its new form whole, or stays as it was; what is deleted may still be read
@@ -42,7 +43,10 @@ def purge(run: Path) -> list[str]:
 
 
 def _row_hashes(run: Path) -> set[str]:
-    """Every sha256 of rows that the run's own account of its data names."""
+    """Every sha256 of rows that the run's, or an attack's, own account of its data names."""
+    if (run / ATTACK).is_file():
+        with artifacts.as_written(run / ATTACK):
+            return {artifacts.read_json(run / ATTACK)["rows"]["sha256"]}
     try:
         data = artifacts.read_json(run / artifacts.DATA)
     except DataError:

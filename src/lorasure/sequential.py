@@ -7,7 +7,8 @@ keep: called again with others, which a new request may ask for, all are measure
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from .config import ForgetSettings, Settings
 from .data.examples import Row
 from .data.load import layout, rows_hash
 from .data.readers import check_disjoint, read_rows
-from .errors import UsageError
+from .errors import ANEW, GOES_ON, UsageError
 from .evaluate.collect import collect
 from .evaluate.evaluation import Evaluation
 from .evaluate.items import EvaluationSet
@@ -110,16 +111,29 @@ def sequence(
     model = settings.model
     for number, request in enumerate(rows, 1):
         step = _step(number, model, asked, settings)
-        if not _applied(step, request):
-            ledger.drop_from(number)
-            pipeline.forget(step.settings, reporter)
-        if number == 1:  # not earlier: a wrong setting shows in the first run, which leaves nothing behind
-            ledger.measure(BEFORE, None, requests | {"retain": kept})
-        ledger.measure(step.name, step, dict(islice(requests.items(), number)) | {"retain": kept})
+        with _kept(settings):
+            if not _applied(step, request):
+                ledger.drop_from(number)
+                pipeline.forget(step.settings, reporter)
+            if number == 1:  # not earlier: a wrong setting shows in the first run, which leaves nothing behind
+                ledger.measure(BEFORE, None, requests | {"retain": kept})
+            ledger.measure(step.name, step, dict(islice(requests.items(), number)) | {"retain": kept})
         model = str(step.run / artifacts.MERGED) if asked.chained else model
     for line in came_back(ledger.measured) if asked.chained else ():
         reporter.note(line)
     return ledger.measured
+
+
+@contextmanager
+def _kept(settings: SequenceSettings) -> Iterator[None]:
+    """An error gets a note of what becomes of the requests that were applied, unless it has one of a part of a run."""
+    try:
+        yield
+    except BaseException as error:
+        applied = Path(settings.out, "request-1").is_dir()
+        if applied and not isinstance(error, UsageError) and not getattr(error, "__notes__", ()):
+            error.add_note(ANEW if settings.overwrite else GOES_ON)
+        raise
 
 
 def came_back(measured: Mapping[str, Mapping[str, Score]]) -> list[str]:

@@ -201,7 +201,6 @@ def export(bench: Workbench, run: Path, start: Start, trained: Callable[[], lora
                 **check,
                 "kept_energy": compression,
             },
-            "seconds": bench.reporter.seconds,
             "peak_memory_bytes": peak_memory(),
             "versions": artifacts.versions(),
         },

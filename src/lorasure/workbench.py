@@ -50,7 +50,7 @@ class Workbench:
 
     def __init__(self, settings: ForgetSettings, reporter: Reporter | None = None) -> None:
         self.settings = settings
-        self.reporter = reporter or Reporter(quiet=True)
+        self.reporter = (reporter or Reporter(quiet=True)).of_own()
         check_names(settings)
         check_model_folder(settings.model, settings.allow_pickle)
         self.device = pick_device(settings.device)

@@ -20,6 +20,5 @@ def probabilities(bench: Workbench, model: Any) -> dict[str, Any]:
 
 def score(bench: Workbench, run: Path, model: Any) -> None:
     """Scores of what was made, as it is loaded from its files, and the account of the run -> summary.json."""
-    found = {"after": probabilities(bench, model), "seconds": bench.reporter.seconds}
-    found |= {"peak_memory_bytes": peak_memory(), "versions": artifacts.versions()}
+    found = {"after": probabilities(bench, model), "peak_memory_bytes": peak_memory(), "versions": artifacts.versions()}
     update_summary(run, {"verdict": verdict(update_summary(run, found))})

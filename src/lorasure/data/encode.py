@@ -266,7 +266,8 @@ def _reason(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
 def _cut(row: Row, prompt: list[int], answer: list[int], most: int, limit: str) -> Example:
     if max(len(prompt), 1) >= most:
         raise DataError(f"{row.place}: answer fully truncated: prompt has {len(prompt)} tokens, {limit} is {most}.")
-    return Example(tuple((prompt + answer)[:most]), len(prompt), row.place, row.group)
+    ids = tuple((prompt + answer)[:most])
+    return Example(ids, len(prompt), row.place, row.group, fragment=row.kind == "completion")
 
 
 def _windows(row: Row, tokenizer: PreTrainedTokenizerBase, most: int, stride: int, limit: str) -> list[Example]:
@@ -278,6 +279,6 @@ def _windows(row: Row, tokenizer: PreTrainedTokenizerBase, most: int, stride: in
     while seen < len(ids):
         end = min(len(ids), seen + stride if seen else most)
         begin = max(0, end - most)
-        windows.append(Example(ids[begin:end], seen - begin, row.place, row.group))
+        windows.append(Example(ids[begin:end], seen - begin, row.place, row.group, fragment=True))
         seen = end
     return windows

@@ -37,12 +37,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """One token sequence; the loss is taken on `input_ids[answer_start:]`, end of text included."""
+    """One token sequence; the loss is taken on `input_ids[answer_start:]`, end of text included.
+
+    `fragment`: the answer is a piece of text, which goes on wherever it was taken from; its end of text is ours.
+    """
 
     input_ids: tuple[int, ...]
     answer_start: int
     place: str = ""
     group: str | None = None
+    fragment: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)

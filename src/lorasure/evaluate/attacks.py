@@ -220,7 +220,7 @@ ATTACKS = {
     "few-shot": Attack("answered retain rows in front of the question", EIGHT, _few_shot, "examples"),
     "prefill": Attack("the first tokens of the answer are given", None, _prefill, "tokens"),
     "sample": Attack("the worst of several drawn answers", "https://arxiv.org/abs/2511.04934", _sample, "answers"),
-    "scale": Attack("the adapter scaled", None, _scale, "times"),
+    "scale": Attack("the adapter or assistant scaled", None, _scale, "times"),
     "quantise": Attack("weights rounded to nearest", "https://arxiv.org/abs/2410.16454", _quantise, "bits"),
     "nf4": Attack("weights in bitsandbytes' NF4", "https://arxiv.org/abs/2305.14314", _nf4, "bits"),
     "relearn": Attack("one epoch on the forget set", BENIGN, _relearn, "steps"),

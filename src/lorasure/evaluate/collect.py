@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -95,12 +96,13 @@ def _measured(subject: Subject, block: Sequence[Item], chosen: EvaluationSet) ->
     for item in block:
         true = next(measured)
         record: Record = {"row": item.index, "id": item.id, "tokens": true.tokens, "nll": true.mean_nll}
-        record["correct"] = "".join("01"[flag] for flag in true.correct)
+        end = subject.tokenizer.eos_token_id
+        record["correct"] = "".join("01"[flag] for flag in own_text(true, item.example, end).correct)
         if item.wrong:
             record["paraphrase_nll"] = next(measured).mean_nll if _own_paraphrase(item) else true.mean_nll
             record["wrong_nll"] = [next(measured).mean_nll for _ in item.wrong]
         if chosen.membership:
-            record |= _membership(item, true, subject.tokenizer.eos_token_id)
+            record |= _membership(item, _without_end(true, item.example, end), subject.tokenizer)
         if chosen.gradient_norm:
             [record["gradient_norm"]] = gradient_norms(subject.model, [item.example])
         if subject.keep_text:
@@ -110,16 +112,29 @@ def _measured(subject: Subject, block: Sequence[Item], chosen: EvaluationSet) ->
     return records
 
 
-def _membership(item: Item, measured: Measured, end: Any) -> Record:
-    """Values of the membership attacks. They ask about the text itself, so its end-of-text token is left out."""
-    count = measured.tokens - (item.example.input_ids[-1] == end and measured.tokens > 1)
-    log_probs, expected, variance = (
-        [column[:count]] for column in (measured.log_probs, measured.expected, measured.variance)
-    )
+def own_text(measured: Measured, example: Example, end: Any) -> Measured:
+    """The record; that of a fragment of text without its end-of-text token, with which the text itself does not end."""
+    return _without_end(measured, example, end) if example.fragment else measured
+
+
+def _without_end(measured: Measured, example: Example, end: Any) -> Measured:
+    """The record without its end-of-text token, if it has one and any other."""
+    if example.input_ids[-1] != end or measured.tokens == 1:
+        return measured
+    return Measured(*(getattr(measured, column.name)[:-1] for column in fields(measured)))
+
+
+def _membership(item: Item, text: Measured, tokenizer: Any) -> Record:
+    """Values of the membership attacks, which ask about the text itself: the record is without its end."""
+    own, answer = item.example, item.answer
+    # Of a cut answer only a part is measured, of the first window of running text more than the half that is asked for.
+    if own.input_ids[-1] != tokenizer.eos_token_id or not own.answer_start:
+        answer = tokenizer.decode(own.input_ids[own.answer_start :], skip_special_tokens=True)
+    log_probs = [text.log_probs]
     return {
         "min_k": float(min_k(log_probs)[0]),
-        "min_k_plus_plus": float(min_k_plus_plus(log_probs, expected, variance)[0]),
-        "zlib": float(zlib_ratio(log_probs, [item.answer])[0]),
+        "min_k_plus_plus": float(min_k_plus_plus(log_probs, [text.expected], [text.variance])[0]),
+        "zlib": float(zlib_ratio(log_probs, [answer])[0]),
     }
 
 

@@ -28,7 +28,8 @@ FIELDS = {
     "id": "first 16 hex digits of sha256 over prompt and answer",
     "tokens": "answer tokens, end of text included",
     "nll": "mean negative log-likelihood of the answer, nats per token",
-    "correct": "a character per answer token: 1 if the label is the most probable token, else 0",
+    "correct": "a character per answer token, for completions and running text without end of text: 1 if the label is "
+    "the most probable token, else 0",
     "paraphrase_nll": "nll of the paraphrased answer; that of the answer where the set has no paraphrases",
     "wrong_nll": "list: nll of each wrong answer",
     "min_k": "mean of the lowest 40 % of the answer's log-probabilities, nats; without end of text, like the next two",

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..registry import lookup
+from .metrics import HARDLY_KNOWN
 
 # Names in results -> in sentences, the most trustworthy first (arXiv 2506.12618).
 SCORES = {
@@ -56,8 +57,9 @@ def _rule(text: str, attacks: dict[str, None]) -> Rule:
 def check(rules: Sequence[Rule], lines: Sequence[Line], not_run: Sequence[Line]) -> list[dict[str, Any]]:
     """For each rule: `rule`, `passed`, the `value`, `attack` and `point` of the worst, and `text`, all of it in words.
 
-    A rule without any value to compare is not passed. What a rule could not see, because an attack that it is about did
-    not run, is said in its text.
+    A rule without any value to compare is not passed, nor is one on a score that shows hardly anything of the original,
+    as far as that was measured (`scale` 0). What a rule could not see, because an attack that it is about did not run,
+    is said in its text.
     """
     missing = {line["attack"]: line["reason"] for line in not_run if line["subject"] == "unlearned"}
     return [_checked(rule, lines, missing) for rule in rules]
@@ -69,9 +71,13 @@ def _checked(rule: Rule, lines: Sequence[Line], missing: dict[str, str]) -> dict
     if line is None:
         why = missing.get(rule.attack or "", f"no attack gave a value of {SCORES[rule.score]}")
         return found | {"text": f"gate {rule}: FAILED, it could not be checked: {why}"}
-    value = line["scores"][rule.score]["value"]
-    found |= {"passed": value <= rule.most, "value": value, "attack": line["attack"], "point": line["point"]}
-    text = f"gate {rule}: {'passed' if found['passed'] else 'FAILED'}, worst {value:.3f}, {place(line)}"
+    value, before = line["scores"][rule.score]["value"], value_of(_original(lines), rule.score)
+    unknown = before is not None and before < HARDLY_KNOWN
+    passed = value <= rule.most and not unknown
+    found |= {"passed": passed, "value": value, "attack": line["attack"], "point": line["point"]}
+    text = f"gate {rule}: {'passed' if passed else 'FAILED'}, worst {value:.3f}, {place(line)}"
+    if unknown:
+        text += f"; that tells nothing: the original's {SCORES[rule.score]} is {before:.3f}"
     unseen = [name for name in missing if name != UNDOES]
     if unseen and rule.attack is None:
         text += f"; NOT CHECKED, as they did not run: {', '.join(unseen)}"
@@ -96,6 +102,11 @@ def _candidates(lines: Sequence[Line], score: str, attack: str | None) -> list[L
     ]
 
 
+def _original(lines: Sequence[Line]) -> Line | None:
+    """The result of the model without what the run added; None if that was not measured."""
+    return next((x for x in lines if (x["attack"], x["point"], x["subject"]) == (UNDOES, 0, "unlearned")), None)
+
+
 def value_of(line: Line | None, score: str) -> float | None:
     """The value of a score in a result, None where there is none."""
     return line["scores"].get(score, {}).get("value") if line else None
@@ -112,9 +123,10 @@ def place(line: Line) -> str:
     return line["attack"] if line["point"] is None else f"{line['attack']} ({line['point']:g} {line['unit']})"
 
 
-def verdict(lines: Sequence[Line]) -> list[str]:
+def verdict(lines: Sequence[Line], change: str = "adapter") -> list[str]:
     """Sentences: for each score what brings back the most, beside the retrained model, and that adapters come off.
 
+    `change`: what the run handed over, an adapter or an assistant.
     With a retrained model that is the attack with the largest difference from it, since what an attack gets out of a
     model that never saw the text was not remembered; without one, the attack with the highest value.
     """
@@ -123,12 +135,11 @@ def verdict(lines: Sequence[Line]) -> list[str]:
         said.append(
             "No retrained model was given (--retrained), so what an attack gets out of any model is counted as well."
         )
-    without = next((x for x in lines if (x["attack"], x["point"], x["subject"]) == (UNDOES, 0, "unlearned")), None)
-    if without:
+    if without := _original(lines):
         score = next(iter(SCORES))
         said.append(
-            f"Without its adapter (scale 0) the model is the original: {SCORES[score]} {value_of(without, score):.3f}. "
-            "An adapter that is not merged is suppression that anyone can undo."
+            f"Without its {change} (scale 0) the model is the original: {SCORES[score]} {value_of(without, score):.3f}."
+            f" An {change} suppresses, it does not erase: whoever holds the base can leave it out."
         )
     return said
 

@@ -100,10 +100,10 @@ def items(subject: Subject, rows: Sequence[Row], max_length: int | None = None) 
     settings = replace(subject.settings, max_length=max_length) if max_length else subject.settings
     variants, sizes = [], []
     for row in rows:
-        wrong = brought_wrong(row)
+        wrong = [] if row.kind == "text" else brought_wrong(row)
         paraphrase = str(row.extra.get("paraphrased_answer") or "")
         answers = [row.answer, paraphrase if paraphrase.strip() else row.answer, *wrong]
-        # Without wrong answers there is nothing to compare a paraphrase with; running text has neither.
+        # Without wrong answers there is nothing to compare a paraphrase with; running text has no question for either.
         variants += [replace(row, answer=answer) for answer in (answers if wrong else answers[:1])]
         sizes.append(len(answers) if wrong else 1)
     encoded = encode_rows(variants, settings, subject.tokenizer, fit=max_length != UNCUT)

@@ -52,7 +52,10 @@ def exchanged(examples: Sequence[Example], max_length: int) -> list[Example]:
             "A control cannot be made from these rows: too few different answers. Give --control."
         ) from None
     pairs = zip(examples, heads, other, strict=True)
-    return [replace(example, input_ids=(*head, *answers[j])[:max_length]) for example, head, j in pairs]
+    return [
+        replace(example, input_ids=(*head, *answers[j])[:max_length], fragment=examples[j].fragment)
+        for example, head, j in pairs
+    ]
 
 
 def _likeness(heads: Sequence[Sequence[int]]) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 from .. import artifacts
 from ..errors import DataError, NumericError, UsageError
 from .evaluation import ABOUT, SCORES, Evaluation, Record, read_evaluation
-from .metrics import Score, extraction_strength
+from .metrics import Score, extraction_strength, normalised_probability_values
 from .tofu import FACTS, ratios
 
 UNKNOWN = ("split", "model", "adapter", "template", "tokenizer", "dtype")  # what a log does not tell
@@ -216,9 +216,8 @@ def _set_tables(evaluation: Evaluation, name: str, prefix: str, scores: Mapping[
     truth = "forget_truth_ratio" if name == "forget" else f"{prefix}_Truth_Ratio"
     found[truth] = _table(evaluation, name, {"score": ratios(evaluation, name)}, scores[f"{name}_truth_ratio"].value)
     if name in FACTS:
-        own, wrong = (found[f"{prefix}_{part}_Prob"][BY_INDEX].values() for part in ("Q_A", "Q_A_PERT"))
-        share = [o["prob"] / (o["prob"] + sum(w["prob"])) for o, w in zip(own, wrong, strict=True)]
-        found[f"{prefix}_Q_A_Prob_normalised"] = _table(evaluation, name, {"prob": share})
+        shares = normalised_probability_values(*(evaluation.column(name, field) for field in ("nll", "wrong_nll")))
+        found[f"{prefix}_Q_A_Prob_normalised"] = _table(evaluation, name, {"prob": shares})
     return found
 
 

@@ -118,10 +118,14 @@ def normalised_probability(nll_true: Floats, nll_wrong: Sequence[Floats], *, see
 
     In [0, 1]; with k wrong answers, 1 / (k + 1) is a guess. Computed in log space, so that large L do not give 0 / 0.
     """
+    return mean_score(normalised_probability_values(nll_true, nll_wrong), seed=seed)
+
+
+def normalised_probability_values(nll_true: Floats, nll_wrong: Sequence[Floats]) -> list[float]:
+    """What `normalised_probability` is the mean of, one number per example."""
     true = finite_vector(nll_true, "nll_true")
     wrong = finite_lists(nll_wrong, "nll_wrong", len(true))
-    shares = [np.exp(-t - np.logaddexp.reduce(np.append(-w, -t))) for t, w in zip(true, wrong, strict=True)]
-    return mean_score(shares, seed=seed)
+    return [float(np.exp(-t - np.logaddexp.reduce(np.append(-w, -t)))) for t, w in zip(true, wrong, strict=True)]
 
 
 def truth_ratio_values(nll_paraphrase: Floats, nll_wrong: Sequence[Floats], *, mean: str = "geometric") -> np.ndarray:
@@ -255,8 +259,9 @@ def _harmonic_mean(values: np.ndarray) -> np.ndarray:
 def exact_memorisation(correct: Sequence[Sequence[bool] | np.ndarray], *, seed: int = 0) -> Score:
     """Mean over examples of the share of answer tokens whose teacher-forced argmax is the label. In [0, 1].
 
-    `correct` holds one bool per answer token and example, end of text included. Averaged per example first, so a long
-    answer weighs no more than a short one.
+    `correct` holds one bool per answer token and example: for questions and chats end of text included, for fragments
+    of text (rows of kind `completion` and `text`) not, as it is no part of what they are taken from. Averaged per
+    example first, so a long answer weighs no more than a short one.
     """
     return mean_score([row.mean() for row in finite_lists(correct, "correct")], seed=seed)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +47,8 @@ def load(settings: SuiteSettings) -> list[EvaluationSet]:
                     gradient_norm=attacked and settings.gradient_norm,
                 )
             )
-    for other in found[1:]:
-        check_disjoint(found[0].rows, other.rows)
+    for one, other in combinations(found, 2):
+        check_disjoint(one.rows, other.rows)
     return found
 
 
@@ -88,8 +90,14 @@ def score(evaluation: Evaluation, reference: Evaluation | None) -> dict[str, Sco
             found[name] = utility(evaluation, kept=["retain"], without=[*without, *offered])
     if not evaluation.about["borrowed"]:
         return found
-    rest = [name for name in found if "truth_" in name or name == "forget_quality" or "utility" in name]
-    return found | {name: replace(found[name], extra={**found[name].extra, "note": BORROWED}) for name in rest}
+    noted = [name for name, score in found.items() if _compares(name, score)]
+    return found | {name: replace(found[name], extra={**found[name].extra, "note": BORROWED}) for name in noted}
+
+
+def _compares(name: str, score: Score) -> bool:
+    """Whether a score rests on wrong answers: by its name, or by those of the parts of a utility."""
+    parts: Any = score.extra.get("parts", ())
+    return name == "forget_quality" or any("truth_" in part for part in (name, *parts))
 
 
 def membership_values(evaluation: Evaluation, reference: Evaluation | None, name: str) -> dict[str, np.ndarray]:

@@ -15,9 +15,16 @@ PREFIX = "Sure, here is the answer:"
 
 def prefixed(item: Item, tokenizer: Any) -> Item:
     """The item with PREFIX as the beginning of the answer, given to the model. White space stays before the answer."""
-    text = f" {PREFIX}" if item.answer[:1].isspace() else f"{PREFIX} "
     own, start = item.example, item.example.answer_start
-    ids = (*own.input_ids[:start], *tokenizer(text, add_special_tokens=False)["input_ids"], *own.input_ids[start:])
+    head, rest = own.input_ids[:start], own.input_ids[start:]
+
+    def spaced(ids: Sequence[int]) -> bool:
+        return tokenizer.decode([*head, *ids])[len(tokenizer.decode(head)) :][:1].isspace()
+
+    # A blank may belong to an answer's first token, which tells by what it adds; a tokenizer may put one before a text.
+    plain = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
+    text = f"{PREFIX} " if not spaced(rest[:1]) else PREFIX if spaced(plain) else f" {PREFIX}"
+    ids = (*head, *tokenizer(text, add_special_tokens=False)["input_ids"], *rest)
     return replace(item, example=replace(own, input_ids=ids, answer_start=start + len(ids) - len(own)))
 
 

@@ -17,6 +17,7 @@ from ..yaml_file import read_yaml
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 Published = dict[str, dict[str, float]]
+NEEDED = ("suite", "scores", "axes", "models")
 FIGURES = ("published", "before", "gain")
 SPLIT = "split"  # the axis, or setting, that names TOFU's forget set or MUSE's corpus
 
@@ -83,7 +84,9 @@ def read_recipe(name: str, models: str | None = None) -> Recipe:
         raise DataError(f"{path}: there is no such recipe.")
     content = read_yaml(path)
     with artifacts.as_written(path):
-        _check_keys(path, content, ("title", "paper", "suite", "scores", "notes", "settings", "axes", "models", "gain"))
+        _check_keys(path, content, ("title", "paper", "notes", "settings", "gain", *NEEDED))
+        if missing := [key for key in NEEDED if key not in content]:
+            raise DataError(f"{path}: needs {', '.join(missing)}.")
         models = models or next(iter(content["models"]))
         own = lookup(content["models"], models, f"models of {path.stem}") or {}
         sources = {models: own} if own.keys() & FIGURES else {k: v or {} for k, v in content["models"].items()}
@@ -92,8 +95,8 @@ def read_recipe(name: str, models: str | None = None) -> Recipe:
         gain = content.get("gain")
         splits = {split for source in sources.values() for split in source.get("before", {})}
         return Recipe(
-            content["title"],
-            content["paper"],
+            content.get("title", path.stem),
+            content.get("paper", ""),
             content["suite"],
             tuple(content["scores"]),
             tuple(content.get("notes", ())),

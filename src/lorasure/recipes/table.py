@@ -50,7 +50,8 @@ def show(recipe: Recipe, lines: Sequence[Line]) -> None:
     wanted = columns(recipe, lines)
     heads = [f"{NAMES.get(score, score)}\n{whose}" for score, whose in wanted]
     table = Table(Column("cell", no_wrap=True), *(Column(head, justify="right", no_wrap=True) for head in heads))
-    table.title, table.title_justify = f"{recipe.title}; {recipe.models} ({recipe.paper})", "left"
+    paper = f" ({recipe.paper})" if recipe.paper else ""
+    table.title, table.title_justify = f"{recipe.title}; {recipe.models}{paper}", "left"
     for line in lines:
         own = line.published | {OURS: line.ours}
         table.add_row(escaped(line.name), *(_number(own.get(whose, {}).get(score)) for score, whose in wanted))

@@ -23,7 +23,7 @@ def compare_runs(paths: Sequence[Path], settings: CompareSettings) -> list[Table
     written = lookup(FORMATS, settings.format, "--format")
     out = Path(settings.out).expanduser() if settings.out else None
     if out:
-        check_new_file(out, "--out", settings.overwrite)
+        check_new_file(out, "--out", settings.overwrite, paths)
     runs = read_runs(paths)
     if len(runs) < 2:
         raise UsageError("lorasure compare needs two run folders at least.")
@@ -57,6 +57,8 @@ def _plain(tables: Sequence[Table]) -> str:
                 shape.add_row(name if row is rows[0] else "", row.name, *_marked(row), row.n)
             shape.add_section()
         printed.print(shape)
+        for note in table.notes:
+            printed.print(escaped(note), markup=False)
     printed.print(NOTE.replace("Bold", "Bold and *"), markup=False)
     return buffer.getvalue()
 
@@ -89,7 +91,8 @@ def _markdown(tables: Sequence[Table]) -> str:
         rows = [line([_escaped(f"{r.set}: {r.name}", MARKDOWN), *_cells(r, cell)]) for r in table.rows]
         head = line(_escaped(text, MARKDOWN) for text in ("score", *table.columns))
         rule = "|---|" + "---:|" * len(table.columns)
-        parts.append("\n".join([f"**{_escaped(table.title, MARKDOWN)}**", "", head, rule, *rows]))
+        title, *notes = (_escaped(text, MARKDOWN) for text in (table.title, *table.notes))
+        parts.append("\n\n".join([f"**{title}**", "\n".join([head, rule, *rows]), *notes]))
     return "\n\n".join([*parts, NOTE]) + "\n"
 
 
@@ -103,7 +106,8 @@ def _latex(tables: Sequence[Table]) -> str:
         lines += [[_escaped(f"{r.set}: {r.name}", LATEX), *_cells(r, cell)] for r in table.rows]
         head, *body = (f"{' & '.join(line)} \\\\" for line in lines)
         start = [f"% {escaped(table.title)}", rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule", head]
-        parts.append("\n".join([*start, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]))
+        end = [r"\bottomrule", r"\end{tabular}", *(f"% {escaped(note)}" for note in table.notes)]
+        parts.append("\n".join([*start, r"\midrule", *body, *end]))
     return "\n\n".join([r"% needs \usepackage{booktabs}", *parts, f"% {NOTE}"]) + "\n"
 
 

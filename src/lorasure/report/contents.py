@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..evaluate.evaluation import SCORES
 from ..outcome import adapter_form, learning_rate
 from . import charts
 from .questions import Questions, questions
@@ -161,10 +162,13 @@ def _attack_words(run: Run) -> list[str]:
 def _not_shown(run: Run) -> list[str]:
     """What was not measured and why, then what no measurement shows."""
     found = []
-    if not run.suites:
+    if not (run.suites or run.purged):
         found.append(f"No evaluation was found beside the run: {UNMEASURED['after']}.")
+    gone = f"the records of this evaluation were removed; the scores are still in {SCORES}"
+    found += [f"{name}: {gone}." for name in run.purged]
     for suite in run.suites:
-        found += [f"{suite.name}: not measured: {UNMEASURED[role]}." for role in ROLES if role not in suite.models]
+        missing = [UNMEASURED[role] for role in ROLES if role not in suite.models]
+        found += [f"{suite.name}: no evaluation was found of {what}." for what in missing]
         undefined: dict[str, list[str]] = {}
         for role, measured in suite.models.items():
             for name, score in measured.scores.items():

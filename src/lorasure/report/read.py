@@ -19,7 +19,8 @@ from ..outcome import weights_of
 ATTACK = "attack.json"
 ATTACKS = "attacks.jsonl"
 ROLES = ("before", "after", "retrained")  # the base as it was, with the run's adapter, trained without the forget set
-KINDS = {ABOUT: "evaluation", ATTACK: "attack", artifacts.SUMMARY: "run"}  # file that tells -> kind of folder
+# The first of these files that a folder has -> its kind; of an evaluation `purge` leaves the scores.
+KINDS = {ABOUT: "evaluation", ATTACK: "attack", artifacts.SUMMARY: "run", SCORES: "purged"}
 Scores = dict[str, Score]
 
 
@@ -63,7 +64,7 @@ class Run:
 
     `files`: name -> sha256. `data`: empty after a purge. `steps`: lines of train.jsonl. `importance`: site -> mean
     entry of its map (importance/scores.py). `attacked`: attack.json, None if there is no such folder; `points`:
-    its results.
+    its results. `purged`: names of evaluation folders of which only the scores are left.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Run:
     suites: list[Suite] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     attacked: dict[str, Any] | None = None
+    purged: list[str] = field(default_factory=list)
 
     def checked(self, when: str) -> Scores:
         """The run's own check, `when` "before" or "after": probability of the forget and the retain set."""
@@ -117,7 +119,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs among `paths`, each with its evaluations and attacks: those among `paths`, and those found beside it.
 
     Beside it are the folders whose name is the run's and a hyphen; where they measure what one of `paths` measures,
-    that one counts. What lies beside one run serves another of the same base and forget set that has none of its own.
+    that one counts. What these were held against (`evaluate --reference`) is read where it lies, if it is still there.
+    What lies beside one run serves another of the same base and forget set that has none of its own.
     What one of the runs made is never the retrained model of another. Raises UsageError without a run, DataError for a
     folder of another kind, one that belongs to no run, two that measure the same, and models of a run that were
     evaluated on other rows, template or tokenizer.
@@ -134,9 +137,23 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     beside = [_beside(run, named, runs) for run in runs]
     found = []
     for run, own in zip(runs, beside, strict=True):
+        mine = [path for path in named if _belongs(path, run, runs)]
+        purged = [path.name for path in (*mine, *own) if _kind(path) == "purged"]
         others = [paths for other, paths in zip(runs, beside, strict=True) if _same_task(run, other)]
-        lent = [[path] for paths in others for path in paths if _belongs(path, run, runs)]
-        found.append(_joined(run, [[path for path in named if _belongs(path, run, runs)], own, *lent]))
+        lent = [path for paths in others for path in paths]
+        more = [*_references([*mine, *own]), *lent, *_references(lent)]
+        groups = [mine, own, *([path] for path in more if _belongs(path, run, runs))]
+        found.append(_joined(replace(run, purged=purged), groups))
+    return found
+
+
+def _references(folders: Sequence[Path]) -> list[Path]:
+    """The evaluations that those among `folders` were held against, as far as they are where they were."""
+    found = []
+    for folder in [folder for folder in folders if _kind(folder) == "evaluation"]:
+        with artifacts.as_written(folder):
+            reference = _about(folder)["settings"]["reference"]
+            found += [Path(reference)] if reference and artifacts.exists(Path(reference) / ABOUT) else []
     return found
 
 
@@ -182,6 +199,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _belongs(folder: Path, run: Run, runs: Sequence[Run]) -> bool:
     """Whether a folder measures this one of `runs`, or what it is held against: not a model that another made."""
+    if _kind(folder) == "purged":
+        return (folder / artifacts.MANIFEST).is_file()  # what it measured was removed as well
     with artifacts.as_written(folder):
         about = _about(folder)
         if _kind(folder) == "attack":
@@ -200,7 +219,7 @@ def _beside(run: Run, named: Sequence[Path], runs: Sequence[Run]) -> list[Path]:
     found = []
     for path in folders:
         owners = [name for name in names if path.name.startswith(f"{name}-")]
-        measured = any((path / name).is_file() for name in (ABOUT, ATTACK))
+        measured = any((path / name).is_file() for name in (ABOUT, ATTACK, SCORES))
         if measured and owners and max(owners, key=len) == run.name:
             found.append(path)
     other = {path.resolve() for path in named}
@@ -256,8 +275,9 @@ def _with_quality(models: dict[str, Measured]) -> dict[str, Measured]:
         own = truth_ratios(measured)
         score = measured.scores.get("forget_quality")
         if role != "retrained" and score and score.value is None and own is not None and reference is not None:
-            scores = measured.scores | {"forget_quality": forget_quality(own, reference)}
-            found[role] = replace(measured, scores=scores)
+            quality = forget_quality(own, reference)
+            quality = replace(quality, extra=score.extra | quality.extra)
+            found[role] = replace(measured, scores=measured.scores | {"forget_quality": quality})
     return found
 
 

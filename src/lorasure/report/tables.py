@@ -65,6 +65,15 @@ class Table:
             found.setdefault(row.set, []).append(row)
         return found
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to know about some of the scores: their names and the note that they carry."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            for note in [str(s.extra["note"]) for s in row.cells if s is not None and "note" in s.extra]:
+                found.setdefault(note, {})[row.name] = None
+        return [f"{', '.join(names)}: {note}." for note, names in found.items()]
+
 
 def score_table(suite: str, columns: Mapping[str, Scores], sets: Sequence[str], compared: Sequence[str] = ()) -> Table:
     """All scores: those of all sets together, then set by set, the most telling first.

@@ -41,14 +41,14 @@ def _columns(run: Run) -> list[Columns]:
     return [*suites, {when: run.checked(when) for when in ("before", "after")}]
 
 
-def _pick(run: Run, names: tuple[str, ...]) -> tuple[str, dict[str, Score]] | None:
-    """The first of `names` that is defined before and after, and its score per role."""
+def _measured(run: Run, names: tuple[str, ...], roles: tuple[str, ...]) -> list[tuple[str, Scores]]:
+    """Each of `names` that is defined for all `roles`, and its score per role: measurement by measurement, in order."""
+    found = []
     for columns in _columns(run):
         for name in names:
-            found = {role: s for role, scores in columns.items() if (s := scores.get(name)) and s.value is not None}
-            if "before" in found and "after" in found:
-                return name, found
-    return None
+            own = {role: s for role, scores in columns.items() if (s := scores.get(name)) and s.value is not None}
+            found += [(name, own)] if own.keys() >= set(roles) else []
+    return found
 
 
 def _figures(name: str, scores: dict[str, Score]) -> tuple[tuple[str, str], ...]:
@@ -71,37 +71,42 @@ def _most(score: Score) -> float:
 
 def _forgotten(run: Run) -> Promise:
     question = "Forgotten?"
-    found = _pick(run, tuple(f"forget_{name}" for name in KNOWLEDGE))
-    if found is None:
+    names = tuple(f"forget_{name}" for name in KNOWLEDGE)
+    found = _measured(run, names, ("before", "after"))
+    if not found:
         return _not_shown(question, "The forget set was not measured before and after.")
-    name, scores = found
-    before, after = _value(scores["before"]), _value(scores["after"])
-    figures = _figures(name, scores)
-    if before < HARDLY_KNOWN:
-        return _not_shown(question, "The model hardly knew it before.", figures)
-    if after > STILL_KNOWN * before:
-        return Promise(question, "No", "bad", "More than half of what the model knew of it is still there.", figures)
-    if "retrained" not in scores:
-        text = "Less than half of it is left. How far it should fall is unknown: no retrained model was measured."
-        return Promise(question, "By this measure", "good", text, figures)
+    known = [(name, scores) for name, scores in found if _value(scores["before"]) >= HARDLY_KNOWN]
+    if not known:
+        return _not_shown(question, "The model hardly knew it before.", _figures(*found[0]))
+    name, scores = known[0]
+    if _value(scores["after"]) > STILL_KNOWN * _value(scores["before"]):
+        text = "More than half of what the model knew of it is still there."
+        return Promise(question, "No", "bad", text, _figures(name, scores))
+    # Where only the run's own check knows the model before, a suite may still know what the retrained one has.
+    compared = known[:1] if "retrained" in scores else _measured(run, (name, *names), ("after", "retrained"))[:1]
+    figures = tuple(dict.fromkeys(line for pair in (known[0], *compared) for line in _figures(*pair)))
     quality = next((q.extra for s in run.suites if (q := s.score("after", "forget_quality"))), {})
     p = quality.get("p")
     if isinstance(p, float):
         figures += (("Same truth ratios as retrained: p", f"{p:.3g} (D = {quality['statistic']:.3f})"),)
-    if after > _most(scores["retrained"]):
+    if any(_value(pair["after"]) > _most(pair["retrained"]) for _, pair in compared):
         return Promise(question, "In part", "partly", "More is left than in a model that never saw it.", figures)
+    left = "No more is left than in a model that never saw it" if compared else "Less than half of it is left"
     if isinstance(p, float) and p < SIGNIFICANT:
-        text = "No more is left than in a model that never saw it, but its truth ratios give the two apart."
+        text = f"{left}, but its truth ratios tell it from a retrained model."
         return Promise(question, "In part", "partly", text, figures)
+    if not compared:
+        text = f"{left}. How far it should fall is unknown without this score of a retrained model."
+        return Promise(question, "By this measure", "good", text, figures)
     return Promise(question, "Yes", "good", "No more is left than in a model that never saw it.", figures)
 
 
 def _kept(run: Run) -> Promise:
     question = "The rest kept?"
-    found = _pick(run, UTILITY)
-    if found is None:
+    found = _measured(run, UTILITY, ("before", "after"))
+    if not found:
         return _not_shown(question, "Nothing to keep was measured before and after.")
-    name, scores = found
+    name, scores = found[0]
     if not _value(scores["before"]):
         return _not_shown(question, "By this measure there was nothing to keep.", _figures(name, scores))
     share = _value(scores["after"]) / _value(scores["before"])
@@ -128,14 +133,20 @@ def _robust(run: Run) -> Promise:
     if reference:
         figures += (("The same attack on the retrained model", f"{shown(reference)} (n = {reference.n})"),)
     before = next((s for c in _columns(run) if (s := c.get("before", {}).get(f"forget_{metric}")) and s.value), None)
-    if before:
-        figures += _figures(metric, {"before": before})
+    own = (p for p in run.points if (p.attack, p.subject) == ("none", "unlearned") and _defined(p, metric))
+    plain = next((p.scores[metric] for p in own), None)
+    figures += _figures(metric, {what: s for what, s in (("before", before), ("not attacked", plain)) if s})
     if all(r and _least(p.scores[metric]) <= _most(r) for p, r in pairs):
         text = "No attack that was run brings back more, beyond chance, than in a model that never saw the forget set."
         return Promise(question, "Against these attacks", "good", text, figures)
-    if before and _value(score) > STILL_KNOWN * _value(before):
-        return Promise(question, "No", "bad", "An attack brings more than half of it back.", figures)
-    text = "An attack brings some of it back." if reference else "There is no retrained model to compare it with."
+    if before and _value(score) > (half := STILL_KNOWN * _value(before)):
+        there = "More than half of it is still there without an attack."
+        text = there if plain and _value(plain) > half else "An attack brings more than half of it back."
+        return Promise(question, "No", "bad", text, figures)
+    text = "There is no retrained model to compare it with."
+    if reference:
+        there = "Some of it is still there without an attack."
+        text = there if plain and _value(plain) >= _value(score) else "An attack brings some of it back."
     return Promise(question, "In part", "partly", text, figures)
 
 

@@ -90,9 +90,9 @@ class Measure:
 
     @cached_property
     def _offered(self) -> list[Row]:
-        """The forget rows, if all of them bring wrong answers of their own."""
+        """The forget rows, if all of them bring wrong answers of their own; of running text none are measured."""
         [forget] = [s for s in self.sets if s.name == "forget"]
-        offered = [row for row in forget.rows if brought_wrong(row) and "borrowed" not in row.extra]
+        offered = [r for r in forget.rows if r.kind != "text" and brought_wrong(r) and "borrowed" not in r.extra]
         return offered if len(offered) == len(forget.rows) else []
 
     def to_be(self) -> Evaluation:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .. import artifacts, folders, libraries
-from ..data.load import rows_hash
 from ..errors import KEPT, DataError, UsageError, one_line
 from ..evaluate.evaluation import check_comparable
 from ..evaluate.logs import open_evaluation
@@ -116,7 +115,9 @@ def _identity(runner: Runner) -> dict[str, Any]:
     """All that the trials depend on, flat. Paths are left out: hashes say what is in them."""
     spec = runner.spec
     data: dict[str, Any] = dict(zip(("forget", "retain"), runner.bench.data, strict=True))
-    found: dict[str, Any] = {f"evaluation.{s.name}": rows_hash(s.rows) for s in runner.measure.sets}
+    found: dict[str, Any] = {}
+    for name, part in runner.measure.about["sets"].items():
+        found |= {f"evaluation.{name}": part["sha256"], f"evaluation.{name} tokens": part["tokens"]}
     for name, method in spec.methods.items():
         own = identity(method.settings, data, runner.bench.fingerprint)
         found |= {f"{name}.{key}": value for key, value in own.items() if key not in method.ranges}
