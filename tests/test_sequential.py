@@ -111,16 +111,19 @@ def test_stopped_between_two_runs_it_says_what_is_kept(
     """The same command goes on with what was applied, but for one that replaces it; before a run nothing is left."""
     out = shutil.copytree(applied[0], tmp_path / "out")
     given = ["sequence", *applied[1], "--out", str(out)]
-    (out / "ledger.json").unlink()
+    ledger = (out / "ledger.json").rename(tmp_path / "ledger.json")
 
     def stopped(*_: object) -> None:
         raise Terminated
 
     with monkeypatch.context() as patch:
         patch.setattr(sequential, "_scores", stopped)
-        for more, code, note in (([], INTERRUPTED, GOES_ON), (["--overwrite"], 143, ANEW)):
-            assert main([*given, *more]) == code
-            assert capsys.readouterr().err.endswith(f"lorasure: interrupted. {note}\n")
+        assert main(given) == INTERRUPTED
+        assert capsys.readouterr().err.endswith(f"lorasure: interrupted. {GOES_ON}\n")
+        shutil.copy(ledger, out)
+        assert main([*given, "--overwrite"]) == 143
+        assert capsys.readouterr().err.endswith(f"lorasure: interrupted. {ANEW}\n")
+        assert not read_json(out / "ledger.json")["measured"]  # the runs that it was about are gone
         patch.setattr(pipeline, "forget", stopped)
         assert main([*given, "--out", str(tmp_path / "new")]) == 143
         assert capsys.readouterr().err.endswith("lorasure: interrupted. Nothing was written.\n")

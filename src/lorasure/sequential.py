@@ -113,8 +113,8 @@ def sequence(
         step = _step(number, model, asked, settings)
         with _kept(settings):
             if not _applied(step, request):
-                ledger.drop_from(number)
                 pipeline.forget(step.settings, reporter)
+                ledger.drop_from(number)
             if number == 1:  # not earlier: a wrong setting shows in the first run, which leaves nothing behind
                 ledger.measure(BEFORE, None, requests | {"retain": kept})
             ledger.measure(step.name, step, dict(islice(requests.items(), number)) | {"retain": kept})
@@ -231,9 +231,10 @@ class Ledger:
             reporter.note("Measured on other rows to keep, or in another way, until now: every step is measured again.")
 
     def drop_from(self, number: int) -> None:
-        """Forget what was measured when this request, now to be applied anew, and later ones had been applied."""
+        """Forget what was measured when this request, now applied anew, and later ones had been applied."""
         kept = [BEFORE, *(f"after_{earlier}" for earlier in range(1, number))]
         self.measured = {step: scores for step, scores in self.measured.items() if step in kept}
+        self._write()  # before anything is measured: a command that goes on would take the old for the new
 
     def measure(self, name: str, step: Step | None, sets: Mapping[str, Sequence[Row]]) -> None:
         """Scores of the sets, and MUSE's in a protocol, on the model of a step, unless they are in the ledger."""
@@ -246,6 +247,9 @@ class Ledger:
             muse |= {"retain": None, "split": None}  # of forgetting, not of MUSE
             found |= evaluating.evaluate_model(_as(EvaluateSettings, self.settings, **model, **muse), self.reporter)
         self.measured[name] = found
+        self._write()
+
+    def _write(self) -> None:
         plain = {
             step: {key: score.to_json() for key, score in scores.items()} for step, scores in self.measured.items()
         }
