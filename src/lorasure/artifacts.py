@@ -27,6 +27,8 @@ TRAINED = "trained.safetensors"
 LOG = "train.jsonl"
 SUMMARY = "summary.json"
 FINETUNED = "finetune.json"
+ATTACK = "attack.json"
+ATTACKS = "attacks.jsonl"
 ADAPTER = "adapter"
 MERGED = "merged"
 

@@ -29,8 +29,6 @@ from .registry import lookup
 from .yaml_file import read_yaml
 
 GATE_FAILED = 20  # exit code
-ABOUT = "attack.json"
-LINES = "attacks.jsonl"
 MOVABLE = ("model", "forget", "retain")  # of the run: may be elsewhere now, but must be the same
 NOT_IDENTITY = ("out", "overwrite", "resume", "json", "gate", "device", "tokens_per_batch", "retrained", *MOVABLE)
 
@@ -48,7 +46,7 @@ def attack(run: Path, settings: AttackSettings, reporter: Reporter | None = None
     run = run.resolve()
     out = Path(settings.out) if settings.out else run.with_name(f"{run.name}-attacks")
     reads = {"RUN": str(run), **folders.read_by(settings)}
-    folders.check_new(out, settings.overwrite, settings.resume, reads, ABOUT)
+    folders.check_new(out, settings.overwrite, settings.resume, reads, artifacts.ATTACK)
     artifacts.check_run(run, artifacts.CONFIG, artifacts.DATA, artifacts.SUMMARY, *change_files(run))
     bench = _Bench.of(run, settings)
     with reporter.held(), reporter.stage("load"):
@@ -62,7 +60,7 @@ def attack(run: Path, settings: AttackSettings, reporter: Reporter | None = None
         lines, more = _all(bench.victims, chosen, folder, reporter)
         about |= more | {"titles": {name: ATTACKS[name].title for name in chosen}}
         about |= {"verdict": verdict(lines, bench.weights.parent.name), "gate": check(rules, lines, more["not_run"])}
-        artifacts.write_json(folder / ABOUT, about)
+        artifacts.write_json(folder / artifacts.ATTACK, about)
     return about, lines
 
 
@@ -205,10 +203,11 @@ def _all(
     victims: Sequence[Victim], chosen: Sequence[str], folder: Path, reporter: Reporter
 ) -> tuple[list[Line], dict[str, Any]]:
     """Results of every attack on every victim, and `not_run` and `seconds`; what is in `folder` already is kept."""
-    with artifacts.as_written(folder / LINES):
-        stored = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
+    path = folder / artifacts.ATTACKS
+    with artifacts.as_written(path):
+        stored = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines: list[Line] = [json.loads(line) for line in stored.splitlines()]
-        seconds = dict(artifacts.read_json(folder / ABOUT)["seconds"]) if lines else {}
+        seconds = dict(artifacts.read_json(folder / artifacts.ATTACK)["seconds"]) if lines else {}
         done = {(line["subject"], line["attack"]) for line in lines}
     not_run: list[Line] = []
     for victim in victims:
@@ -230,7 +229,7 @@ def _all(
                 where = {"attack": name, "point": point, "unit": ATTACKS[name].unit, "subject": victim.name}
                 lines.append(where | {"scores": plain})
             seconds[f"{victim.name} {name}"] = time.perf_counter() - began
-            artifacts.write_json(folder / ABOUT, {"seconds": seconds})
-            artifacts.write_text(folder / LINES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+            artifacts.write_json(folder / artifacts.ATTACK, {"seconds": seconds})
+            artifacts.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
         victim.release()
     return lines, {"not_run": not_run, "seconds": seconds}

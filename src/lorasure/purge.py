@@ -8,10 +8,9 @@ from . import artifacts, folders
 from .errors import DataError
 from .lock import recover
 from .outcome import ASSISTANT
-from .report.read import ATTACK, ATTACKS
 
 # Anything that is not named here goes: a file that we do not know may hold anything.
-STAYS = {artifacts.CONFIG, artifacts.SUMMARY, artifacts.LOG, "scores.json", ATTACK, ATTACKS}
+STAYS = {artifacts.CONFIG, artifacts.SUMMARY, artifacts.LOG, "scores.json", artifacts.ATTACK, artifacts.ATTACKS}
 STAYS_IN = {artifacts.ADAPTER, artifacts.MERGED, ASSISTANT}
 GONE = "removed"
 
@@ -44,9 +43,9 @@ def purge(run: Path) -> list[str]:
 
 def _row_hashes(run: Path) -> set[str]:
     """Every sha256 of rows that the run's, or an attack's, own account of its data names."""
-    if (run / ATTACK).is_file():
-        with artifacts.as_written(run / ATTACK):
-            return {artifacts.read_json(run / ATTACK)["rows"]["sha256"]}
+    if (run / artifacts.ATTACK).is_file():
+        with artifacts.as_written(run / artifacts.ATTACK):
+            return {artifacts.read_json(run / artifacts.ATTACK)["rows"]["sha256"]}
     try:
         data = artifacts.read_json(run / artifacts.DATA)
     except DataError:

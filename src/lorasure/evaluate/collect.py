@@ -91,12 +91,11 @@ def _measured(subject: Subject, block: Sequence[Item], chosen: EvaluationSet) ->
         "evaluate",
         subject.guards.append,
     )
-    measured = iter(found)
+    measured, end = iter(found), subject.tokenizer.eos_token_id
     records = []
     for item in block:
         true = next(measured)
         record: Record = {"row": item.index, "id": item.id, "tokens": true.tokens, "nll": true.mean_nll}
-        end = subject.tokenizer.eos_token_id
         record["correct"] = "".join("01"[flag] for flag in own_text(true, item.example, end).correct)
         if item.wrong:
             record["paraphrase_nll"] = next(measured).mean_nll if _own_paraphrase(item) else true.mean_nll

@@ -16,11 +16,9 @@ from ..evaluate.evaluation import ABOUT, SCORES, Evaluation, check_comparable, r
 from ..evaluate.metrics import Score, forget_quality, truth_ratio_values
 from ..outcome import weights_of
 
-ATTACK = "attack.json"
-ATTACKS = "attacks.jsonl"
 ROLES = ("before", "after", "retrained")  # the base as it was, with the run's adapter, trained without the forget set
 # The first of these files that a folder has -> its kind; of an evaluation `purge` leaves the scores.
-KINDS = {ABOUT: "evaluation", ATTACK: "attack", artifacts.SUMMARY: "run", SCORES: "purged"}
+KINDS = {ABOUT: "evaluation", artifacts.ATTACK: "attack", artifacts.SUMMARY: "run", SCORES: "purged"}
 Scores = dict[str, Score]
 
 
@@ -219,7 +217,7 @@ def _beside(run: Run, named: Sequence[Path], runs: Sequence[Run]) -> list[Path]:
     found = []
     for path in folders:
         owners = [name for name in names if path.name.startswith(f"{name}-")]
-        measured = any((path / name).is_file() for name in (ABOUT, ATTACK, SCORES))
+        measured = any((path / name).is_file() for name in (ABOUT, artifacts.ATTACK, SCORES))
         if measured and owners and max(owners, key=len) == run.name:
             found.append(path)
     other = {path.resolve() for path in named}
@@ -282,7 +280,7 @@ def _with_quality(models: dict[str, Measured]) -> dict[str, Measured]:
 
 
 def _attacked(run: Run, folder: Path) -> Run:
-    artifacts.check_run(folder, ATTACKS)
+    artifacts.check_run(folder, artifacts.ATTACKS)
     with artifacts.as_written(folder):
         points = [
             Point(
@@ -291,6 +289,6 @@ def _attacked(run: Run, folder: Path) -> Run:
                 line["subject"],
                 {name: Score.from_json(score) for name, score in line["scores"].items()},
             )
-            for line in _lines(folder / ATTACKS)
+            for line in _lines(folder / artifacts.ATTACKS)
         ]
     return replace(run, points=points, attacked=_about(folder))
