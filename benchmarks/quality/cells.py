@@ -108,6 +108,7 @@ def scores(where, split: str, adapter: Path, work: Path) -> dict[str, Any]:
 
 def records(model: str, where, split: str, adapter: Path):
     """Evaluation of all four sets under a model, without generation."""
+    from lorasure import lora
     from lorasure.evaluate.collect import collect
     from lorasure.evaluate.evaluation import Evaluation
     from lorasure.evaluate.settings import SuiteSettings
@@ -119,6 +120,7 @@ def records(model: str, where, split: str, adapter: Path):
         model=model, generate=False, dtype="float32", device="cpu", tokens_per_batch=2048, **options
     )
     subject = load_subject(settings)
+    subject.model = lora.merge(subject.model)  # three quarters of the time; a row's NLL changes by less than 1e-6
     return Evaluation(model, {}, {chosen.name: collect(subject, chosen) for chosen in load(settings)})
 
 
