@@ -286,6 +286,17 @@ def test_a_measure_by_which_the_model_knew_nothing_says_nothing(tmp_path):
     assert knew_nothing(KNOWLEDGE, summary=unchecked).text == "The model hardly knew it before."
 
 
+def test_an_attack_is_not_judged_by_a_measure_by_which_the_model_knew_nothing(tmp_path):
+    run = make_run(tmp_path / "run")
+    make_attack(tmp_path / "run-attacks", run, 0.0, 0.0, scaled=0.0)
+    [found] = read_runs([run])
+    assert said(found)["Robust"].text == "The model hardly knew it before."
+    known = {subject: {"probability": Score(value, 6)} for subject, value in (("unlearned", 0.8), ("retrained", 0.1))}
+    points = [replace(p, scores=p.scores | known[p.subject]) for p in found.points]
+    robust = said(replace(found, points=points))["Robust"]
+    assert robust.answer == "No" and robust.figures[0][0].startswith("Probability, worst")
+
+
 THERE, BACK = "is still there without an attack", "An attack brings"
 
 

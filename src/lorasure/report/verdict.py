@@ -122,9 +122,14 @@ def _robust(run: Run) -> Promise:
     """From all attacks but that of taking the adapter out, which is the next promise."""
     question = "Robust?"
     attacked = [p for p in run.points if p.attack not in (UNDOES, "none") and p.subject == "unlearned"]
-    metric = next((m for m in KNOWLEDGE if any(_defined(p, m) for p in attacked)), None)
-    if metric is None:
+    measured = [m for m in KNOWLEDGE if any(_defined(p, m) for p in attacked)]
+    if not measured:
         return _not_shown(question, "No attack was run; further training or other prompts may bring it back.")
+    originals = {metric: _original(run, metric) for metric in measured}
+    known = [m for m, original in originals.items() if original is None or _value(original) >= HARDLY_KNOWN]
+    if not known:
+        return _not_shown(question, "The model hardly knew it before.")
+    metric, before = known[0], originals[known[0]]
     retrained = {place(p): p.scores[metric] for p in run.points if p.subject == "retrained" and _defined(p, metric)}
     pairs = [(p, retrained.get(place(p))) for p in attacked if _defined(p, metric)]
     point, reference = max(pairs, key=lambda pair: _value(pair[0].scores[metric]) - (_value(pair[1]) if pair[1] else 0))
@@ -132,7 +137,6 @@ def _robust(run: Run) -> Promise:
     figures = ((f"{NAMES[metric]}, worst: {place(point)}", f"{shown(score)} (n = {score.n})"),)
     if reference:
         figures += (("The same attack on the retrained model", f"{shown(reference)} (n = {reference.n})"),)
-    before = next((s for c in _columns(run) if (s := c.get("before", {}).get(f"forget_{metric}")) and s.value), None)
     own = (p for p in run.points if (p.attack, p.subject) == ("none", "unlearned") and _defined(p, metric))
     plain = next((p.scores[metric] for p in own), None)
     figures += _figures(metric, {what: s for what, s in (("before", before), ("not attacked", plain)) if s})
@@ -148,6 +152,14 @@ def _robust(run: Run) -> Promise:
         there = "Some of it is still there without an attack."
         text = there if plain and _value(plain) >= _value(score) else "An attack brings some of it back."
     return Promise(question, "In part", "partly", text, figures)
+
+
+def _original(run: Run, metric: str) -> Score | None:
+    """A score of the model before the run: that of its evaluation, else of the attack that takes the adapter out."""
+    found = [c["before"].get(f"forget_{metric}") for c in _columns(run) if "before" in c]
+    taken_out = [p for p in run.points if (p.attack, p.point, p.subject) == (UNDOES, 0, "unlearned")]
+    found += [p.scores.get(metric) for p in taken_out]
+    return next((score for score in found if score and score.value is not None), None)
 
 
 def place(point: Point) -> str:
