@@ -362,6 +362,17 @@ def test_what_was_purged_is_not_said_to_have_never_been_measured(tmp_path):
     assert attacks.findall(page_of(report([run], ReportSettings()))) and attacks.findall(shown)
 
 
+def test_what_was_measured_before_another_export_is_named(tmp_path):
+    run = make_all(tmp_path)
+    assert not read_runs([run])[0].foreign
+    (run / ADAPTER).write_bytes(b"nine tenths of it")
+    artifacts.write_manifest(run)
+    [found] = read_runs([run])
+    assert found.foreign == ["run-after", "run-attacks"] and "after" not in found.suites[0].models
+    lines = contents("run", found).not_shown
+    assert "run-after: it measured other weights than those that the run hands over now." in lines
+
+
 def test_a_note_on_scores_is_passed_on(tmp_path, capsys):
     """Borrowed wrong answers: also of the forget quality that only the report could compute."""
     run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", "another")

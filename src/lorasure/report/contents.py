@@ -166,6 +166,7 @@ def _not_shown(run: Run) -> list[str]:
         found.append(f"No evaluation was found beside the run: {UNMEASURED['after']}.")
     gone = f"the records of this evaluation were removed; the scores are still in {SCORES}"
     found += [f"{name}: {gone}." for name in run.purged]
+    found += [f"{name}: it measured other weights than those that the run hands over now." for name in run.foreign]
     for suite in run.suites:
         missing = [UNMEASURED[role] for role in ROLES if role not in suite.models]
         found += [f"{suite.name}: no evaluation was found of {what}." for what in missing]

@@ -62,7 +62,8 @@ class Run:
 
     `files`: name -> sha256. `data`: empty after a purge. `steps`: lines of train.jsonl. `importance`: site -> mean
     entry of its map (importance/scores.py). `attacked`: attack.json, None if there is no such folder; `points`:
-    its results. `purged`: names of evaluation folders of which only the scores are left.
+    its results. `purged`: names of evaluation folders of which only the scores are left. `foreign`: of folders that are
+    named after the run and measured another's weights, or its own before they were exported again.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Run:
     points: list[Point] = field(default_factory=list)
     attacked: dict[str, Any] | None = None
     purged: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
 
     def checked(self, when: str) -> Scores:
         """The run's own check, `when` "before" or "after": probability of the forget and the retain set."""
@@ -132,16 +134,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if homeless:
         names = ", ".join(run.name for run in runs)
         raise DataError(f"{homeless[0]}: it was made with another adapter than that of {names}.")
-    beside = [_beside(run, named, runs) for run in runs]
+    around = [_beside(run, named) for run in runs]
+    beside = [[path for path in paths if _belongs(path, run, runs)] for run, paths in zip(runs, around, strict=True)]
     found = []
-    for run, own in zip(runs, beside, strict=True):
+    for run, paths, own in zip(runs, around, beside, strict=True):
         mine = [path for path in named if _belongs(path, run, runs)]
         purged = [path.name for path in (*mine, *own) if _kind(path) == "purged"]
+        foreign = [path.name for path in paths if path not in own]
         others = [paths for other, paths in zip(runs, beside, strict=True) if _same_task(run, other)]
         lent = [path for paths in others for path in paths]
         more = [*_references([*mine, *own]), *lent, *_references(lent)]
         groups = [mine, own, *([path] for path in more if _belongs(path, run, runs))]
-        found.append(_joined(replace(run, purged=purged), groups))
+        found.append(_joined(replace(run, purged=purged, foreign=foreign), groups))
     return found
 
 
@@ -209,8 +213,8 @@ def _belongs(folder: Path, run: Run, runs: Sequence[Run]) -> bool:
         return role is not None
 
 
-def _beside(run: Run, named: Sequence[Path], runs: Sequence[Run]) -> list[Path]:
-    """Folders that begin with this run's name, not with another run's longer one, and belong to it; without `named`."""
+def _beside(run: Run, named: Sequence[Path]) -> list[Path]:
+    """Measured folders that begin with this run's name, not with another run's longer one; without `named`."""
     place = run.folder.resolve().parent
     folders = [path for path in sorted(place.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     names = [path.name for path in folders if (path / artifacts.SUMMARY).is_file()]
@@ -221,7 +225,7 @@ def _beside(run: Run, named: Sequence[Path], runs: Sequence[Run]) -> list[Path]:
         if measured and owners and max(owners, key=len) == run.name:
             found.append(path)
     other = {path.resolve() for path in named}
-    return [path for path in found if path.resolve() not in other and _belongs(path, run, runs)]
+    return [path for path in found if path.resolve() not in other]
 
 
 def _joined(run: Run, groups: Sequence[Sequence[Path]]) -> Run:
