@@ -13,6 +13,7 @@ from conftest import random_examples, tiny_llama
 from lorasure import artifacts, pipeline, processes, stages
 from lorasure.config import ForgetSettings
 from lorasure.errors import UsageError
+from lorasure.fitting import free_memory
 from lorasure.importance.activations import ROOM, InGroups, room_on, second_moments
 from lorasure.init import apply
 from lorasure.init.apply import INITS, Request, initialise, of_moments
@@ -140,6 +141,14 @@ def test_room_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
     assert room_on(gpu, 49 * 2**30) == room_on(torch.device("cpu")) == ROOM
     monkeypatch.setattr(processes, "size", lambda: 2)  # which may have different amounts free
     assert room_on(gpu) == ROOM
+
+
+def test_what_the_allocator_keeps_of_an_earlier_run_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 15 * 2**30)
+    gpu = torch.device("cuda")
+    assert free_memory(gpu)["device"] == 55 * 2**30 and room_on(gpu) == 55 * 2**30 // 3
 
 
 def test_layers_that_read_the_same_tensor_share_their_directions(monkeypatch):

@@ -20,7 +20,7 @@ SHELL = {
     "cli",
     "flags",
     "demo",
-    "finetune",
+    "finetuning",
     "show",
     "card",
     "evaluating",

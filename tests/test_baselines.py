@@ -24,7 +24,7 @@ from lorasure.config import ForgetSettings
 from lorasure.data.examples import collate
 from lorasure.errors import DataError, UsageError
 from lorasure.evaluate.settings import EvaluateSettings
-from lorasure.finetune import trainable
+from lorasure.finetuning import trainable
 from lorasure.forward import answer_logits
 from lorasure.losses.tokens import answers
 from lorasure.yaml_file import read_yaml

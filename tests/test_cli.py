@@ -341,9 +341,17 @@ def test_an_error_that_nobody_thought_of(base, tmp_path, capfd, monkeypatch, sta
     assert "Traceback" in shown and f"LookupError: {SECRET}" in shown and "in fail" in shown
 
 
-def test_memory_that_runs_out_where_no_smaller_pieces_help(base, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_runs_out_where_no_smaller_pieces_help(error, base, tmp_path, capfd, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(stages, "check_export", full)
     assert cli.main(["forget", *base, "--out", str(tmp_path / "run"), "--epochs", "1"]) == 5
@@ -380,13 +388,14 @@ def test_a_signal_in_the_middle_of_training(base, tmp_path):
 
 def test_flags_override_the_config_file_and_print_config_can_be_loaded(base, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("lambda: 2\nbatch_size: 3\nmerge: true\nlr: 1e-3\n")
-    arguments = ["forget", *base, "--out", "o", "--config", str(tmp_path / "run.yaml"), "--batch-size", "4"]
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*arguments, "--print_config"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
-    values = yaml.safe_load(printed)
-    assert (values["lambda"], values["batch_size"], values["merge"], values["lr"]) == (2.0, 4, True, 1e-3)
+    config, given = ["--config", str(tmp_path / "run.yaml")], ["--batch-size", "4"]
+    for flags in ([*config, *given], [*given, *config], [*given, "=".join(config)]):  # wherever the file stands
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["forget", *base, "--out", "o", *flags, "--print_config"])
+        assert stopped.value.code == 0
+        printed = capsys.readouterr().out
+        values = yaml.safe_load(printed)
+        assert (values["lambda"], values["batch_size"], values["merge"], values["lr"]) == (2.0, 4, True, 1e-3)
     (tmp_path / "printed.yaml").write_text(printed)
     with pytest.raises(SystemExit):
         cli.main(["forget", "--config", str(tmp_path / "printed.yaml"), "--print_config"])

@@ -188,6 +188,8 @@ def test_each_process_takes_an_accelerator_of_its_own(monkeypatch, name, found):
     monkeypatch.setattr(models.torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(models.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(models.torch.accelerator, "device_count", lambda: 2)
+    current: list[int] = []
+    monkeypatch.setattr(models.torch.accelerator, "set_device_index", current.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     alone = torch.device("cuda" if name == "auto" else name)
     if found:
@@ -195,6 +197,7 @@ def test_each_process_takes_an_accelerator_of_its_own(monkeypatch, name, found):
     monkeypatch.setenv("LOCAL_RANK", "1")
     if found:
         assert models.pick_device(name) == torch.device(found)
+        assert current == [torch.device(found).index] * (1 + (name == "cuda:0")) or name == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "2")  # a process more than there are accelerators
     if found == "cuda:1" or not found:
         with pytest.raises(UsageError, match=f"--device {name}: there is no such device here"):

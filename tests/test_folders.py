@@ -147,7 +147,9 @@ def test_an_interrupted_folder_is_kept_and_continued(tmp_path, error):
     partial = folders.partial_of(out)
     assert partial.name == ".run.partial" and partial.stat().st_mode & 0o777 == 0o700
     assert [p.name for p in tmp_path.iterdir()] == [".run.partial"]
-    with pytest.raises(UsageError, match="--resume to continue it, or --overwrite to start anew"):
+    with pytest.raises(
+        UsageError, match="with --resume on the command that began it, or throw it away with --overwrite"
+    ):
         begin(out)
     assert begin(out, resume=True, note=notes.append) == ["half.txt", "identity.json"] and notes == []
     assert [p.name for p in tmp_path.iterdir()] == ["run"] and artifacts.differences(out) == []

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from conftest import tiny_llama
-from lorasure import artifacts, evaluating, finetune, models, pipeline, train
+from lorasure import artifacts, evaluating, finetuning, models, pipeline, train
 from lorasure.config import FinetuneSettings, ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError
 from lorasure.evaluate.settings import EvaluateSettings
@@ -127,4 +127,4 @@ def test_what_does_not_go_with_four_bits(settings, monkeypatch):
     with pytest.raises(UsageError, match=r"--merge.*--quantize nf4"):
         pipeline.forget(replace(settings, merge=True))
     with pytest.raises(UsageError, match=r"finetune writes whole weights.*--quantize nf4"):
-        finetune.finetune(FinetuneSettings(model=settings.model, data=settings.forget, out="x", quantize="nf4"))
+        finetuning.finetune(FinetuneSettings(model=settings.model, data=settings.forget, out="x", quantize="nf4"))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from architectures import tiny_model
 from conftest import write_rows
-from lorasure import artifacts, check, finetune, folders, lora, pipeline, progress, stages, train
+from lorasure import artifacts, check, finetuning, folders, lora, pipeline, progress, stages, train
 from lorasure.check import check_export
 from lorasure.config import FinetuneSettings, ForgetSettings
 from lorasure.errors import DataError, NumericError, UsageError
@@ -141,7 +141,7 @@ def test_whole_models_that_are_written_have_the_configuration_of_the_base(settin
     base = artifacts.read_json(model_folder / "config.json")
     merged = pipeline.forget(settings(merge=True, epochs=1)).folder / "merged"
     given = {"model": str(model_folder), "data": settings().retain, "epochs": 1, "out": str(tmp_path / "tuned")}
-    tuned = finetune.finetune(FinetuneSettings(**given))
+    tuned = finetuning.finetune(FinetuneSettings(**given))
     assert base["use_cache"] is True
     assert artifacts.read_json(merged / "config.json") == artifacts.read_json(tuned / "config.json") == base
 
@@ -314,8 +314,9 @@ def test_the_seconds_of_a_run_are_those_of_all_its_commands(settings, monkeypatc
             raise KeyboardInterrupt
         return real(*args)
 
-    def later(seconds):
-        assert seconds.keys() >= seen[-1].keys() and all(seconds[name] >= seen[-1][name] for name in seen[-1])
+    def later(seconds, *gone):
+        before = {stage: took for stage, took in seen[-1].items() if stage not in gone}
+        assert seconds.keys() >= before.keys() and all(seconds[stage] >= took for stage, took in before.items())
         seen.append(seconds)
 
     partial = Path(settings().out).with_name(".run.partial")
@@ -327,10 +328,22 @@ def test_the_seconds_of_a_run_are_those_of_all_its_commands(settings, monkeypatc
         assert seen[-1]["train"] > 0
         run = pipeline.forget(settings(resume=True)).folder
     later(artifacts.read_json(run / "summary.json")["seconds"])
-    for command in (pipeline.export_command, pipeline.init_command, pipeline.train_command, pipeline.export_command):
+    export, train_anew = ("export", "evaluate"), ("reference", "train", "export", "evaluate")
+    for command, gone in (
+        (pipeline.export_command, export),
+        (pipeline.init_command, ("init", *train_anew)),
+        (pipeline.train_command, train_anew),
+        (pipeline.train_command, train_anew),
+        (pipeline.export_command, export),
+    ):
+        path = run / "summary.json"  # what is made anew has only the seconds of the last time
+        artifacts.write_json(
+            path, (summary := artifacts.read_json(path)) | {"seconds": summary["seconds"] | dict.fromkeys(gone, 1e6)}
+        )
+        artifacts.write_manifest(run)
         command(run, settings(overwrite=True))
-        later(artifacts.read_json(run / "summary.json")["seconds"])
-        assert seen[-1]["load model"] > seen[-2]["load model"]
+        later(artifacts.read_json(path)["seconds"], *gone)
+        assert seen[-1]["load model"] > seen[-2]["load model"] and max(seen[-1].values()) < 1e6
 
 
 def test_a_stage_within_a_stage_is_not_counted_twice():
@@ -351,6 +364,24 @@ def test_importance_of_an_earlier_run(settings, data_files):
         pipeline.forget(settings("third", importance=str(first.folder)))
     with pytest.raises(DataError, match="the rows have changed"):
         pipeline.train_command(first.folder, settings("first"))
+
+
+def test_the_start_of_a_run_from_the_importance_of_another(settings):
+    """It is used, and refused where it was measured on other rows; so is what the start would make no use of."""
+    measured = pipeline.importance_command(settings("measured"))
+    pipeline.init_command(measured, settings("measured"))
+    other = pipeline.importance_command(settings("other", init="contrast"))
+    pipeline.init_command(other, settings("other", importance=str(measured)))
+    starts = [artifacts.sha256(run / artifacts.START) for run in (measured, other)]
+    assert starts[0] == starts[1] and artifacts.differences(other) == []
+    assert artifacts.sha256(other / artifacts.IMPORTANCE) == artifacts.sha256(measured / artifacts.IMPORTANCE)
+    fewer = pipeline.importance_command(settings("fewer", retain_rows=2))
+    kept = artifacts.read_manifest(fewer)
+    with pytest.raises(DataError, match=r"--importance.*measured"):
+        pipeline.init_command(fewer, settings("fewer", retain_rows=2, importance=str(measured)))
+    with pytest.raises(UsageError, match="--solver elementwise: --init lora makes no use of it"):
+        pipeline.init_command(fewer, settings("fewer", retain_rows=2, init="lora", solver="elementwise"))
+    assert artifacts.read_manifest(fewer) == kept and artifacts.differences(fewer) == []
 
 
 def test_a_stage_refuses_what_an_earlier_one_settled_and_other_files(settings):
@@ -486,7 +517,13 @@ def test_the_check_holds_logits_of_few_tokens_of_one_row_only(settings, data_fil
 @pytest.mark.parametrize(
     ("forget", "retain", "known", "harmed", "said"),
     [
-        (0.8, 0.9, True, False, "still known. Try a higher learning rate (--lr 0.0003)"),
+        (
+            0.8,
+            0.9,
+            True,
+            False,
+            "Try `lorasure export RUN --export-scale 1`, then a higher learning rate (--lr 0.0003)",
+        ),
         (0.1, 0.5, False, True, "retain set suffered. Try `lorasure export RUN --export-scale 0.81`, a lower"),
         (0.1, 0.9, False, False, "is forgotten"),
     ],
@@ -499,5 +536,7 @@ def test_verdict(forget, retain, known, harmed, said):
     summary |= {"export": {"scale": 0.9}}
     found = stages.verdict(summary)
     assert (found["still_known"], found["retain_harmed"]) == (known, harmed) and said in found["text"]
+    whole = stages.verdict(summary | {"export": {"scale": 1.0}})["text"]
+    assert not known or "still known. Try a higher learning rate" in whole
     summary["before"]["forget"]["value"] = 0.001
     assert "hardly known before, so this measure shows nothing" in stages.verdict(summary)["text"]

@@ -60,7 +60,7 @@ def test_purge_leaves_the_adapter_and_the_scores_and_no_hash(run, tmp_path, capf
     kept = {p: p.read_bytes() for p in (run / "adapter").iterdir() if p.suffix != ".md"}
     before = artifacts.read_json(run / "summary.json")
     secrets = [*hashes, "It is person"]
-    assert len(hashes) == 2 and any(value in (run / "adapter" / "README.md").read_text() for value in hashes)
+    assert len(hashes) == 4 and any(value in (run / "adapter" / "README.md").read_text() for value in hashes)
     assert cli.main(["purge", str(run)]) == 0
     said = capfd.readouterr().out
     gone = ("data.json", "identity.json", "importance.safetensors", "init.safetensors", "trained.safetensors")
@@ -72,6 +72,21 @@ def test_purge_leaves_the_adapter_and_the_scores_and_no_hash(run, tmp_path, capf
     assert (run / "merged" / "model.safetensors").exists() and not list(tmp_path.glob(".*"))
     assert cli.main(["purge", str(run)]) == 0
     assert "nothing to remove" in capfd.readouterr().out
+
+
+def test_purge_removes_what_a_run_says_of_other_rows_and_of_tokens(run):
+    """Those that --stop auto rests at, and those of before --allow-change."""
+    data, summary = (artifacts.read_json(run / name) for name in ("data.json", "summary.json"))
+    changed = [("lr", 1e-3, 1e-4), ("forget_text", "of the first rows", data["forget"]["sha256"])]
+    changed += [("forget_tokens", "of their tokens", data["forget"]["tokens_sha256"])]
+    summary["changed"] = [{"key": key, "from": before, "to": now} for key, before, now in changed]
+    summary["stop"] = {"level": 2.0, "rows": 3, "tokens_sha256": "of tokens never seen"}
+    artifacts.write_json(run / "summary.json", summary)
+    artifacts.write_manifest(run)
+    purge.purge(run)
+    left = (run / "summary.json").read_text()
+    assert not [value for value in (*changed[1][1:], *changed[2][1:], "of tokens never seen") if value in left]
+    assert artifacts.read_json(run / "summary.json")["changed"][0] == {"key": "lr", "from": 1e-3, "to": 1e-4}
 
 
 def test_purge_removes_what_it_does_not_know_and_what_lies_beside(run, tmp_path):

@@ -53,7 +53,8 @@ def test_make_targets_in_the_readme_exist() -> None:
 
 def test_public_names_can_be_imported() -> None:
     for name in lorasure.__all__:
-        assert getattr(lorasure, name) is not None
+        # Again: a module of that name would stand in its place once it is imported.
+        assert getattr(lorasure, name) is getattr(lorasure, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = lorasure.nothing
 

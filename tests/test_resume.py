@@ -18,8 +18,9 @@ from conftest import tiny_llama, write_rows
 from lorasure import (
     artifacts,
     checkpoint,
-    finetune,
+    finetuning,
     folders,
+    identity,
     lora,
     models,
     pipeline,
@@ -520,14 +521,14 @@ def test_changed_settings_rows_weights_and_versions_are_refused(again, interrupt
 @pytest.mark.parametrize("kind", ["forget", "finetune", "finetune all"])
 def test_a_dtype_that_auto_takes_elsewhere_is_a_change(files, tmp_path, monkeypatch, kind):
     """Begun where auto is float32, continued where it is bfloat16. All weights are fine-tuned in float32 anywhere."""
-    command, make = (pipeline.forget, ForgetSettings) if kind == "forget" else (finetune.finetune, FinetuneSettings)
+    command, make = (pipeline.forget, ForgetSettings) if kind == "forget" else (finetuning.finetune, FinetuneSettings)
     data = files | COMMON if kind == "forget" else {"model": files["model"], "data": files["retain"], "batch_size": 2}
     settings = data | {"out": str(tmp_path / "run")} | ({"rank": 2} if kind == "finetune" else {})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_in(patch, train, "_step", call=2)
         command(make(**settings, checkpoint_every=1))
     real = models.pick_dtype
-    for module in (workbench, pipeline, finetune):
+    for module in (workbench, pipeline, finetuning):
         monkeypatch.setattr(module, "pick_dtype", lambda name, _: real(name.replace("auto", "bfloat16"), None))
     if kind != "finetune all":
         with pytest.raises(UsageError, match=r"\(dtype: float32 -> bfloat16\)"):
@@ -543,7 +544,7 @@ def test_nothing_in_an_identity_hides_behind_another_name(files, command):
     known, kind = files | {"data": "x", "out": "x"}, COMMANDS[command].settings
     settings = kind(**{f.name: known[f.name] for f in fields(kind) if f.default is MISSING})
     sets = ("forget", "retain", "unseen", "data")
-    found = pipeline.identity(settings, dict.fromkeys(sets, bench.data[0]), bench.fingerprint)
+    found = identity.identity(settings, dict.fromkeys(sets, bench.data[0]), bench.fingerprint)
     paths = {f.name for f in fields(settings) if f.metadata.get("path")}
     own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
     assert found.items() >= (own | {"dtype": "float32"}).items()
@@ -634,6 +635,26 @@ def test_a_change_that_is_allowed_is_used_and_recorded(interrupted, tmp_path):
     assert rates[4:] == pytest.approx([5 * line["lr"] for line in expected[1]][4:])
 
 
+def test_other_rows_are_compared_with_what_was_known_of_them(settings, monkeypatch, tmp_path):
+    """Not with what was known of the first ones; and once training is finished, no others are allowed."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train, "_step", call=2)
+        pipeline.forget(settings(loss="bga", retain_loss="nll"))
+    partial = folders.partial_of(tmp_path / "run")
+    known = artifacts.read_json(partial / artifacts.SUMMARY)["before"]
+    rows = [{"question": f"Who is number {i}?", "answer": f"It was nobody, {i}."} for i in range(5)]
+    other = {"forget": str(write_rows(tmp_path / "other.jsonl", rows)), "allow_change": "forget_text,forget_tokens"}
+    changed = settings(loss="bga", retain_loss="nll", resume=True, **other)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, stages, "check_export", call=1)
+        pipeline.forget(changed)
+    with pytest.raises(UsageError, match=r"--allow-change forget_text: settled by trained\.safetensors"):
+        pipeline.forget(changed)
+    before = pipeline.forget(replace(changed, allow_change="")).summary["before"]
+    anew = pipeline.forget(settings("anew", loss="bga", retain_loss="nll", forget=other["forget"])).summary["before"]
+    assert before == anew and known["forget"] != before["forget"]
+
+
 def test_what_is_asked_for_only_when_resumed_begins_there(interrupted, tmp_path):
     """Its checkpoint knows nothing of it and is used all the same; the start is that of the run."""
     source, options, _ = interrupted
@@ -680,16 +701,19 @@ def test_the_train_command_and_finetuning_continue_too(settings, undisturbed, mo
         pipeline.init_command(run, staged)
     pipeline.train_command(run, settings("staged", resume=True))
     assert artifacts.differences(run) == []
+    for command in (pipeline.train_command, pipeline.init_command):  # there is nothing left to continue
+        with pytest.raises(UsageError, match=r"it holds trained\.safetensors, which would go"):
+            command(run, settings("staged", resume=True))
     assert outcome(pipeline.export_command(run, settings("staged")).folder)[:2] == undisturbed[:2]
     common = {"model": str(model_folder), "data": settings().retain, "epochs": 2, "batch_size": 3, "lr": 1e-3}
-    whole = finetune.finetune(FinetuneSettings(**common, out=str(tmp_path / "whole")))
+    whole = finetuning.finetune(FinetuneSettings(**common, out=str(tmp_path / "whole")))
     for kind in (KeyboardInterrupt, OSError):
         with monkeypatch.context() as patch, pytest.raises(kind):
             stop_in(patch, train, "_step", call=3, error=kind)
-            finetune.finetune(
+            finetuning.finetune(
                 FinetuneSettings(**common, out=str(tmp_path / "parts"), checkpoint_every=1, resume=kind is OSError)
             )
-    parts = finetune.finetune(FinetuneSettings(**common, out=str(tmp_path / "parts"), resume=True))
+    parts = finetuning.finetune(FinetuneSettings(**common, out=str(tmp_path / "parts"), resume=True))
     assert artifacts.sha256(whole / "model.safetensors") == artifacts.sha256(parts / "model.safetensors")
     assert log_of(whole) == log_of(parts) and not (parts / "checkpoints").exists()
 
@@ -882,8 +906,8 @@ def test_fine_tuning_keeps_account_of_its_guards(files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "_backward", tight)
         stop_in(patch, train, "_step", call=4)
-        finetune.finetune(FinetuneSettings(**settings))
-    tuned = finetune.finetune(FinetuneSettings(**settings, resume=True))
+        finetuning.finetune(FinetuneSettings(**settings))
+    tuned = finetuning.finetune(FinetuneSettings(**settings, resume=True))
     account = artifacts.read_json(tuned / artifacts.FINETUNED)
     assert [(g["guard"], g["where"]) for g in account["guards"]] == [("out of memory", "train, step 2")]
     assert (account["steps"], account["resumed_after"], account["kind"]) == (4, 3, "finetune")
@@ -895,10 +919,10 @@ def test_an_account_that_is_none_is_refused_when_fine_tuning_continues(files, tm
     settings = {"model": files["model"], "data": files["retain"], "epochs": 1, "out": str(tmp_path / "tuned")}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_in(patch, train, "_step", call=2)
-        finetune.finetune(FinetuneSettings(**settings, batch_size=3, checkpoint_every=1))
+        finetuning.finetune(FinetuneSettings(**settings, batch_size=3, checkpoint_every=1))
     artifacts.write_json(tmp_path / ".tuned.partial" / artifacts.FINETUNED, [])
     with pytest.raises(DataError, match="not what this program writes there"):
-        finetune.finetune(FinetuneSettings(**settings, batch_size=3, resume=True))
+        finetuning.finetune(FinetuneSettings(**settings, batch_size=3, resume=True))
 
 
 # --- determinism ------------------------------------------------------------------------------------------------------

@@ -352,6 +352,20 @@ def test_a_gradient_that_explodes_stops_the_run():
     fit(wrapped, steps, objective, settings(max_grad_growth=1e6), token_budget=10_000)
 
 
+def test_a_gradient_that_is_not_even_clipped_is_no_explosion():
+    """At a start where the losses have no slope, as of KL and of SimNPO on text that is not known, all is rounding."""
+
+    wrapped, steps, objective = prepared(epochs=3)
+    records = []
+
+    def flat_at_first(model, units):
+        return {name: value * (1e-3 if records else 1e-9) for name, value in objective(model, units).items()}
+
+    fit(wrapped, steps, flat_at_first, settings(), token_budget=10_000, on_step=records.append)
+    norms = [record["grad_norm"] for record in records]
+    assert max(norms[1:]) > 1e4 * norms[0] and max(norms) < settings().max_grad_norm
+
+
 def test_out_of_memory_in_the_optimizer_is_caught_too(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")

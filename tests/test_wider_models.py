@@ -33,7 +33,7 @@ from transformers import (
 
 from architectures import ARCHITECTURES, COMMON, GROUPED, MIXTURE, QWEN_MIXTURE, tiny_model
 from conftest import VOCAB, tiny_llama, write_rows
-from lorasure import artifacts, cli, finetune, lora, models, pipeline, train, train_stage
+from lorasure import artifacts, cli, finetuning, lora, models, pipeline, train, train_stage
 from lorasure.config import FinetuneSettings, ForgetSettings
 from lorasure.errors import DataError, UsageError
 from lorasure.sites import all_sites
@@ -347,7 +347,7 @@ def test_finetune_of_some_rank_adapts_the_layers_that_fit(name, settings, tmp_pa
     torch.manual_seed(0)
     given = settings(REFUSED[name][0]())
     options = {"rank": 2, "lr": 1e-2, "epochs": 1, "out": str(tmp_path / "tuned")}
-    tuned = finetune.finetune(FinetuneSettings(model=given.model, data=given.forget, **options))
+    tuned = finetuning.finetune(FinetuneSettings(model=given.model, data=given.forget, **options))
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (given.model, tuned))
     changed = {key.rsplit(".", 2)[-2] for key in before if not torch.equal(before[key], after[key])}
     assert changed and not changed & {"gate", "router", "embed_tokens", "lm_head"}

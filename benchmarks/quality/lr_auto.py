@@ -55,7 +55,7 @@ def made(name: str, work: Path) -> None:
     from lorasure import demo
     from lorasure.config import FinetuneSettings
     from lorasure.data.readers import read_rows
-    from lorasure.finetune import finetune
+    from lorasure.finetuning import finetune
     from lorasure.small_model import Size, make_model
 
     if (work / name).is_dir():

@@ -13,7 +13,7 @@ _HOME = {
     "FinetuneSettings": "config",
     "forget": "pipeline",
     "Result": "pipeline",
-    "finetune": "finetune",
+    "finetune": "finetuning",
     "measure": "importance.measure",
     "Importance": "importance.measure",
     "Probe": "importance.collect",

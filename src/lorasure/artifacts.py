@@ -67,7 +67,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 

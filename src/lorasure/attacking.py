@@ -20,7 +20,7 @@ from .evaluate.gate import Line, check, parse_gate, verdict
 from .evaluate.settings import AttackSettings
 from .evaluate.victim import AttackRows, Victim
 from .evaluating import check_base, load_change, tokenizer_hash
-from .finetune import trainable
+from .finetuning import trainable
 from .forward import base_of
 from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .outcome import ASSISTANT, change_files

@@ -106,9 +106,9 @@ def _reproduce(recipe: Path, settings: ReproduceSettings) -> None:
 
 
 def _finetune(settings: config.FinetuneSettings) -> None:
-    from . import finetune
+    from . import finetuning
 
-    _say(f"Model: {finetune.finetune(settings, _reporter())}")
+    _say(f"Model: {finetuning.finetune(settings, _reporter())}")
 
 
 def _demo(settings: config.DemoSettings) -> None:

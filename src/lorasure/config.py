@@ -195,7 +195,7 @@ class OptimizerSettings(Settings):
     gradient_checkpointing: bool | None = option(None, "recompute activations (default: on a GPU short of memory)")
     compile: bool = option(False, "torch.compile for the layers: pays on a GPU in all but short runs")
     max_grad_growth: float = option(
-        1000.0, "stop when the gradient's norm is this many times the largest of all steps before", above=1
+        1000.0, "stop when the gradient's norm is clipped and this many times the largest of all steps before", above=1
     )
     checkpoint_every: int | None = option(
         None, "steps between checkpoints; 0: only when interrupted (default: a minute, at most 2 % of the time)", low=0

@@ -22,7 +22,7 @@ from .evaluate.evaluation import Evaluation
 from .evaluate.items import EvaluationSet, Generation, Subject, items
 from .evaluate.metrics import Score
 from .evaluate.tofu import memorisation, quality, set_scores, utility
-from .finetune import finetune
+from .finetuning import finetune
 from .models import load_model, load_tokenizer
 from .pipeline import forget
 from .progress import Reporter

@@ -41,6 +41,21 @@ class ResourceError(LorasureError):
     exit_code = 5
 
 
+# How torch on a CPU and the libraries underneath it on a GPU say it, who have no class of their own for that.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out. torch's own is known by its name: it is loaded only when used."""
+    own = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return own or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 SHOWN = 2000  # characters of a message: enough for every one of ours, too few for a file that got into one
 
 

@@ -8,7 +8,16 @@ import traceback
 from pathlib import Path
 
 from . import __version__
-from .errors import ANEW, GOES_ON, INTERRUPTED, KEPT, KEPT_TO_CHANGE, LorasureError, ResourceError
+from .errors import (
+    ANEW,
+    GOES_ON,
+    INTERRUPTED,
+    KEPT,
+    KEPT_TO_CHANGE,
+    LorasureError,
+    ResourceError,
+    is_out_of_memory,
+)
 from .interrupt import Terminated
 
 HERE = Path(__file__).parent
@@ -30,7 +39,7 @@ def explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         stopped = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
         return f"interrupted. {left or NOTHING}", INTERRUPTED if left not in ("", ANEW) else stopped
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
+    if is_out_of_memory(error):
         return f"out of memory. {left}", ResourceError.exit_code
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)

@@ -15,6 +15,7 @@ from .errors import ResourceError
 from .footprint import Footprint, Rows, Shapes, peak
 from .importance.activations import room_on
 from .layers import decoder_layers
+from .memory import free_on
 from .models import load_shapes
 from .objective import retain_rows, run_steps
 from .prefix import ROOM, Prefix, constant_attention, keeps_attention, lowest_layer, tokens_per_pass
@@ -98,7 +99,7 @@ def free_memory(device: torch.device) -> dict[str, int]:
         room = min(room, int(text) - _taken(CONTAINER))
     found = {"host": room}
     if device.type == "cuda":
-        found["device"] = torch.cuda.mem_get_info(device)[0]
+        found["device"] = free_on(device)
     return found
 
 

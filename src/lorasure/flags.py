@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,10 +30,11 @@ def parse(
     """Settings from flags, then the YAML of --config, then `stored`, then the defaults of the settings."""
     if stored is not None and not isinstance(stored, Mapping):
         raise DataError(f"lorasure {command}: the settings stored in the run must be names and values.")
-    _check_configs(arguments)
+    files, others = _configs(arguments)
+    _check_configs(files)
     parser = _parser(command, title, settings, stored or {}, epilog)
-    try:
-        values = parser.parse_args(list(arguments)).as_dict()
+    try:  # a file first, as jsonargparse lets it change what stands before it
+        values = parser.parse_args([*(f"--config={name}" for name in files), *others]).as_dict()
     except argparse.ArgumentError as error:
         raise UsageError(_in_our_words(" ".join(str(error).split()), settings)) from error
     except Exception as error:  # jsonargparse reads every text as YAML, which fails in any way where a tag does not fit
@@ -43,11 +43,22 @@ def parse(
     return settings.from_dict(values)
 
 
-def _check_configs(arguments: Sequence[str]) -> None:
+def _configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files of --config, and all other arguments."""
+    files, others, words = [], [], iter(arguments)
+    for word in words:
+        if word == "--config" and (name := next(words, None)) is not None:
+            files.append(name)
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            others.append(word)
+    return files, others
+
+
+def _check_configs(files: Sequence[str]) -> None:
     """Read every file of --config with our own reader first, which refuses what jsonargparse would stumble over."""
-    apart = [name for word, name in itertools.pairwise(arguments) if word == "--config"]
-    joined = [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
-    for name in apart + joined:
+    for name in files:
         if not (exists(Path(name)) and Path(name).is_file()):
             raise UsageError(f"--config {name}: there is no such file.")
         try:

@@ -92,7 +92,7 @@ def _check_content(out: Path, overwrite: bool, resume: bool, replace: bool = Fal
     if worth and not (overwrite or resume):
         raise UsageError(
             f"--out {out}: an interrupted run is in {partial_of(out)}. "
-            "Add --resume to continue it, or --overwrite to start anew."
+            "Continue it with --resume on the command that began it, or throw it away with --overwrite."
         )
     if out.is_dir() and any(out.iterdir()):
         ours = (out / MANIFEST).is_file()

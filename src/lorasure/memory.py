@@ -11,7 +11,7 @@ import torch
 
 from . import artifacts, processes
 from .data.examples import micro_batches
-from .errors import ResourceError
+from .errors import ResourceError, is_out_of_memory
 from .progress import Reporter
 
 Result = TypeVar("Result")
@@ -49,9 +49,10 @@ def within_memory(
         fired({"guard": "out of memory", "where": what, "tokens_per_batch": token_budget})
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch has no class of its own for that on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't" in str(error)
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are free, with what torch's allocator keeps of earlier work for later."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def note_guard(reporter: Reporter, account: Path | None, guard: Mapping[str, Any]) -> None:

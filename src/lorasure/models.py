@@ -51,6 +51,8 @@ def pick_device(name: str = "auto") -> torch.device:
     here = found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()
     if device.type != "cpu" and not here:
         raise UsageError(f"--device {name}: there is no such device here.")
+    if device.type != "cpu" and device.index is not None:  # what torch takes where none is named: FSDP2, peak memory
+        torch.accelerator.set_device_index(device.index)
     return device
 
 

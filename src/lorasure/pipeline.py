@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,16 +17,14 @@ from .config import (
     ForgetSettings,
     ImportanceSettings,
     InitSettings,
-    OutSettings,
     Settings,
     TrainSettings,
     flag,
 )
-from .data.load import DataSet
 from .errors import DataError, UsageError
 from .fitting import fit_memory
+from .identity import ANY_TIME, allowed_changes, check_unsettled, identity
 from .model_files import CONFIG
-from .models import dtype_name, pick_device, pick_dtype
 from .progress import Reporter
 from .stages import (
     Start,
@@ -42,12 +38,10 @@ from .train_stage import attach_start, train_adapter
 from .workbench import Workbench, check_used
 from .yaml_file import read_yaml, write_yaml
 
-ANY_TIME = PER_CALL | {"device", "tokens_per_batch"}  # settings that no result depends on
-SETTLED = {  # by these files
-    artifacts.IMPORTANCE: (ImportanceSettings,),
-    artifacts.START: (ImportanceSettings, InitSettings),
-    artifacts.TRAINED: (ImportanceSettings, InitSettings, TrainSettings),
-}
+# The stages, as the account of the time names them, that a command makes anew, in their order.
+EXPORTING = ("export", "evaluate", "merge")
+TRAINING = ("level", "reference", "calibrate", "train", *EXPORTING)
+STARTING = ("activations", "init", *TRAINING)
 
 
 @dataclass(frozen=True)
@@ -96,14 +90,16 @@ def importance_command(settings: ForgetSettings, reporter: Reporter | None = Non
 
 def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 2 on an existing run, from its importance (or from new activations). Later stages' files go."""
+    check_used(settings)
     bench = _reopen(run, settings, reporter, "init", InitSettings, ImportanceSettings, TrainSettings, ExportSettings)
-    _check_worth(run, settings)
+    _check_worth(run, settings.overwrite)
+    another = bench.settings.located()["importance"] != read_yaml(run / artifacts.CONFIG).get("importance")
     importance = None
-    if bench.measures_importance:
+    if bench.measures_importance and not another:
         importance = load_importance(bench, run)
-    with folders.changed_run(run, [artifacts.IMPORTANCE], settings.overwrite) as changed:
-        write_inputs(bench, changed, made_of=run)
-        make_start(bench, changed, importance)
+    with folders.changed_run(run, [] if another else [artifacts.IMPORTANCE], settings.overwrite) as changed:
+        write_inputs(bench, changed, spent=_spent(run, STARTING))
+        make_start(bench, changed, measure_importance(bench, changed) if another else importance)
     return run
 
 
@@ -111,7 +107,8 @@ def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None
     """Stage 3 on an existing run, from its init.safetensors. Later stages' files go."""
     artifacts.check_run(run, artifacts.START)
     bench = _reopen(run, settings, reporter, "train", TrainSettings, ExportSettings)
-    _check_worth(run, settings)
+    goes_on = settings.resume and folders.holds_progress(folders.partial_of(run))
+    _check_worth(run, settings.overwrite or goes_on)
     with _resumable(bench, run, carry=[artifacts.IMPORTANCE, artifacts.START]) as changed:
         train_adapter(bench, changed, Start.load(changed / artifacts.START, bench.sites))
     return run
@@ -127,7 +124,7 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
         _ = known["before"]  # `export` compares with it
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with folders.changed_run(run, kept, settings.overwrite) as changed:
-        update_summary(changed, known)
+        update_summary(changed, known | {"seconds": _spent(run, EXPORTING)})
         write_inputs(bench, changed)
         summary = export(bench, changed, start, partial(_trained, bench, run, start))
     return Result(run, summary)
@@ -143,9 +140,9 @@ def _trained(bench: Workbench, run: Path, start: Start) -> lora.PeftModel:
     return wrapped
 
 
-def _check_worth(run: Path, settings: ForgetSettings) -> None:
-    """What took long to make is not thrown away unless the user says so."""
-    if artifacts.TRAINED in artifacts.read_manifest(run) and not (settings.overwrite or settings.resume):
+def _check_worth(run: Path, wanted: bool) -> None:
+    """What took long to make is not thrown away unless that is what the user `wanted`."""
+    if artifacts.TRAINED in artifacts.read_manifest(run) and not wanted:
         text = f"it holds {artifacts.TRAINED}, which would go; add --overwrite to start from this stage once more."
         raise UsageError(f"{run}: {text}")
 
@@ -183,7 +180,7 @@ def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterat
     s = bench.settings
     data = {"forget": bench.data[0], "retain": bench.data[1]} | ({"unseen": bench.unseen} if bench.unseen else {})
     allowed = allowed_changes(s)
-    _check_unsettled(folders.partial_of(out), allowed)
+    check_unsettled(folders.partial_of(out), allowed)
     with folders.resumable_folder(
         out,
         identity(s, data, bench.fingerprint),
@@ -193,18 +190,8 @@ def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterat
         allow_change=allowed,
         note=bench.reporter.note,
     ) as run:
-        write_inputs(bench, run, made_of=out if carry else None)
+        write_inputs(bench, run, spent=_spent(out, TRAINING) if carry else {})
         yield run
-
-
-def _check_unsettled(partial: Path, allowed: Sequence[str]) -> None:
-    """What a finished stage was made with cannot change any more: it would be ignored, or not fit."""
-    for name, stages in SETTLED.items():
-        settled = {f.name.rstrip("_") for stage in stages for f in fields(stage)} - ANY_TIME
-        if (partial / name).is_file() and (late := [key for key in allowed if key in settled]):
-            raise UsageError(
-                f"--allow-change {late[0]}: settled by {name}, which is finished; start anew to change it."
-            )
 
 
 def _finished(bench: Workbench, run: Path, name: str) -> bool:
@@ -248,49 +235,39 @@ def _reopen(
     return bench
 
 
-def write_inputs(bench: Workbench, run: Path, given: Settings | None = None, made_of: Path | None = None) -> None:
+def _spent(run: Path, anew: Sequence[str]) -> dict[str, float]:
+    """The seconds of a run's stages but for those that are made `anew`."""
+    with artifacts.as_written(run / artifacts.SUMMARY):
+        seconds = artifacts.read_json(run / artifacts.SUMMARY).get("seconds", {})
+        return {stage: took for stage, took in seconds.items() if stage not in anew}
+
+
+def write_inputs(
+    bench: Workbench, run: Path, given: Settings | None = None, spent: Mapping[str, float] | None = None
+) -> None:
     """config.yaml, data.json, and what summary.json says of settings and base, and from now on of the time.
 
-    `given`: the settings of another command; `made_of`: the run of which `run` becomes a new version.
+    `given`: the settings of another command; `spent`: the seconds of earlier stages, of a run that has not begun yet.
     """
     settings = {name: value for name, value in (given or bench.settings).located().items() if name not in PER_CALL}
     bench.run = run
     write_yaml(run / artifacts.CONFIG, settings)
-    artifacts.write_json(
-        run / artifacts.DATA, dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
-    )
+    data = dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
     path = run / artifacts.SUMMARY
     known = artifacts.read_json(path) if path.is_file() else {}
-    if made_of and "seconds" not in known:
-        known |= {"seconds": artifacts.read_json(made_of / artifacts.SUMMARY).get("seconds", {})}
+    if "before" in known and not _same_inputs(run, known["base"], bench.fingerprint, data):
+        del known["before"]  # --allow-change: it is another model's, or of other rows
+        artifacts.write_json(path, known)
+    artifacts.write_json(run / artifacts.DATA, data)
+    seconds = known.get("seconds", spent or {})
     known |= artifacts.read_json(run / artifacts.IDENTITY) if (run / artifacts.IDENTITY).is_file() else {}
     kept = {name: known.get(name, []) for name in ("guards", "changed")}
     update_summary(run, {"base": bench.fingerprint, "settings": settings, **kept})
     with artifacts.as_written(path):
-        bench.reporter.go_on(known.get("seconds", {}), lambda spent: update_summary(run, {"seconds": spent}))
+        bench.reporter.go_on(seconds, lambda spent: update_summary(run, {"seconds": spent}))
 
 
-def identity(settings: OutSettings, data: Mapping[str, DataSet], base: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a result depends on, flat, under the names that --allow-change takes: for `folders.resumable_folder`.
-
-    Paths are left out: hashes of each set of `data` and of the files of the `base` (its fingerprint) say what is in
-    them, under names that no setting has. Of a library's version, the major number, or 0.minor; of --dtype auto, what
-    it is here.
-    """
-    paths = {f.name for f in fields(settings) if f.metadata.get("path")}
-    own = {name: value for name, value in settings.to_dict().items() if name not in PER_CALL | paths}
-    own["dtype"] = dtype_name(pick_dtype(own["dtype"], pick_device(own["device"])))
-    text = {f"{name}_text": part.text_hash for name, part in data.items()}
-    tokens = {f"{name}_tokens": part.tokens_hash for name, part in data.items()}
-    weights = hashlib.sha256(json.dumps(base["files"], sort_keys=True).encode()).hexdigest()
-    versions = {f"{name}_version": _major(version) for name, version in artifacts.versions().items()}
-    return own | text | tokens | {"weights": weights, "model_config": base["config"]} | versions
-
-
-def _major(version: str) -> str:
-    return ".".join(version.split(".")[: 1 + version.startswith("0.")])
-
-
-def allowed_changes(settings: OutSettings) -> list[str]:
-    """The names in --allow-change, as flags or as settings."""
-    return [name for part in settings.allow_change.split(",") if (name := part.strip().lstrip("-").replace("-", "_"))]
+def _same_inputs(run: Path, known: Any, base: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
+    """Whether a run's folder was last worked on with the same base, and data if it says so."""
+    stored = run / artifacts.DATA
+    return known == base and (not stored.is_file() or artifacts.read_json(stored) == data)

@@ -42,7 +42,7 @@ def purge(run: Path) -> list[str]:
 
 
 def _row_hashes(run: Path) -> set[str]:
-    """Every sha256 of rows that the run's, or an attack's, own account of its data names."""
+    """Every sha256 of rows or their tokens that the run's, or an attack's, own accounts name."""
     if (run / artifacts.ATTACK).is_file():
         with artifacts.as_written(run / artifacts.ATTACK):
             return {artifacts.read_json(run / artifacts.ATTACK)["rows"]["sha256"]}
@@ -50,5 +50,9 @@ def _row_hashes(run: Path) -> set[str]:
         data = artifacts.read_json(run / artifacts.DATA)
     except DataError:
         return set()
-    with artifacts.as_written(run / artifacts.DATA):
-        return {part["sha256"] for part in data.values()}
+    with artifacts.as_written(run):
+        summary = artifacts.read_json(run / artifacts.SUMMARY)
+        accounts = [*data.values(), summary.get("stop", {})]
+        found = {part.get(key) for part in accounts for key in ("sha256", "tokens_sha256")}
+        changed = [change for change in summary.get("changed", ()) if change["key"].endswith(("_text", "_tokens"))]
+        return {value for value in found.union(*((c["from"], c["to"]) for c in changed)) if value}

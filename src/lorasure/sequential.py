@@ -19,7 +19,7 @@ from .config import ForgetSettings, Settings
 from .data.examples import Row
 from .data.load import layout, rows_hash
 from .data.readers import check_disjoint, read_rows
-from .errors import ANEW, GOES_ON, UsageError
+from .errors import ANEW, GOES_ON, DataError, UsageError
 from .evaluate.collect import collect
 from .evaluate.evaluation import Evaluation
 from .evaluate.items import EvaluationSet
@@ -131,7 +131,8 @@ def _kept(settings: SequenceSettings) -> Iterator[None]:
         yield
     except BaseException as error:
         applied = Path(settings.out, "request-1").is_dir()
-        if applied and not isinstance(error, UsageError) and not getattr(error, "__notes__", ()):
+        refused = isinstance(error, UsageError | DataError)  # the same command would be refused again
+        if applied and not refused and not getattr(error, "__notes__", ()):
             error.add_note(ANEW if settings.overwrite else GOES_ON)
         raise
 

@@ -271,8 +271,9 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _advice(lr: float, scale: float) -> dict[str, str]:
+    whole = "`lorasure export RUN --export-scale 1`, then " if scale < 1 else ""
     return {
-        "known": f"a higher learning rate (--lr {3 * lr:.2g}), then more --epochs",
+        "known": f"{whole}a higher learning rate (--lr {3 * lr:.2g}), then more --epochs",
         # Scaling first: it takes seconds, and trains nothing.
         "harmed": f"`lorasure export RUN --export-scale {0.9 * scale:.2g}`, "
         f"a lower learning rate (--lr {lr / 2:.2g}), a larger --lambda, or more retain rows",

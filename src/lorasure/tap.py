@@ -101,10 +101,12 @@ def _listen(
                 f"Layer '{site.name}' is also run without gradients, so these cannot be measured; leave it out with "
                 "--exclude, or take an --init that needs no importance."
             )
-        # The lowest sites: the graph starts here. And a view: where a model writes into one, its gradient passes it by
-        # (Falcon adds its attention to the outputs of its MLP). A sum, not a leaf, so that writing into it is legal.
-        if not y.requires_grad or y._is_view():
+        # The lowest sites: the graph starts here; a sum, not a leaf, so that writing into it is legal. And views: where
+        # a model writes into one, its gradient passes it by (Falcon adds its attention to the outputs of its MLP).
+        if not y.requires_grad:
             y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+        elif y._is_view():
+            y = y.clone()
         kept: Any = _Kept.apply(x, _ROOT)
         y.register_hook(lambda d: backward(site, layout.spread(kept.grad_fn.saved_tensors[0]), layout.spread(d)))
     return y

@@ -216,7 +216,7 @@ def _step(
     losses = {name: value.item() for name, value in means.items()}
     norm = _finite_norm(number, losses, training.parameters)
     training.first = training.first or losses
-    _check_divergence(losses, float(norm), training, ceilings, settings.max_grad_growth)
+    _check_divergence(losses, float(norm), training, ceilings, settings)
     clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
     rate = training.scheduler.get_last_lr()[0]
     try:
@@ -283,18 +283,18 @@ def _finite_norm(step: int, losses: Mapping[str, float], parameters: Mapping[str
 
 
 def _check_divergence(
-    losses: Mapping[str, float], norm: float, training: Training, ceilings: Mapping[str, float], growth: float
+    losses: Mapping[str, float], norm: float, training: Training, ceilings: Mapping[str, float], s: OptimizerSettings
 ) -> None:
     """Raise a NumericError when the run is finite still, but lost."""
-    step = training.done + 1
+    step, largest = training.done + 1, training.largest
     for name, ceiling in ceilings.items():
         if losses.get(name, 0) > training.first.get(name, 0) + ceiling:
             raise NumericError(
                 f"train: the {name} loss is {losses[name]:.3g} at step {step}, more than {ceiling:.3g} above the first "
                 f"step's; try a lower --lr or a larger --lambda, or allow it with --max-{name}-rise."
             )
-    if training.largest and norm > growth * training.largest:
+    if largest and norm > max(s.max_grad_norm, s.max_grad_growth * largest):  # what is not even clipped is no explosion
         raise NumericError(
-            f"train: the gradient's norm is {norm:.3g} at step {step}, {norm / training.largest:.3g} times the largest "
-            "before; try a lower --lr, or allow it with --max-grad-growth."
+            f"train: the gradient's norm is {norm:.3g} at step {step}, {norm / largest:.3g} times the largest before; "
+            "try a lower --lr, or allow it with --max-grad-growth."
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .memory import is_out_of_memory
+from .errors import is_out_of_memory
 
 Result = TypeVar("Result")
 SAME = 1e-3  # of the largest logit, or 16 roundings: what was several roundings becomes one

@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import artifacts, folders
 from ..config import ForgetSettings, OutSettings
-from ..pipeline import Result, allowed_changes, identity, write_inputs
+from ..identity import allowed_changes, identity
+from ..pipeline import Result, write_inputs
 from ..progress import Reporter
 from ..registry import lookup
 from ..stages import update_summary

@@ -276,7 +276,7 @@ def _windows(row: Row, tokenizer: PreTrainedTokenizerBase, most: int, stride: in
         raise UsageError(f"--stride must be in [1, {most - 1}] (below {limit}), got {stride}.")
     ids = (*_ids(tokenizer, row.answer, special=True), _end(tokenizer))
     windows, seen = [], 0
-    while seen < len(ids):
+    while len(ids) - seen > (seen > 0):  # the end of text alone is no window of it
         end = min(len(ids), seen + stride if seen else most)
         begin = max(0, end - most)
         windows.append(Example(ids[begin:end], seen - begin, row.place, row.group, fragment=True))

@@ -17,6 +17,7 @@ from ..data.examples import Example, collate, micro_batches
 from ..errors import NumericError, UsageError
 from ..forward import Progress, answer_hidden
 from ..layers import decoder_layers
+from ..memory import free_on
 from ..precision import operand, product
 from ..sites import Site, grouped
 from ..tap import tap
@@ -37,7 +38,7 @@ def room_on(device: torch.device, weights: int = 0) -> int:
     """
     if device.type != "cuda" or processes.size() > 1:
         return ROOM
-    return max(ROOM, (torch.cuda.mem_get_info(device)[0] - weights) // SHARE)
+    return max(ROOM, (free_on(device) - weights) // SHARE)
 
 
 def side_of(evidence: str) -> int:

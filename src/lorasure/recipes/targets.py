@@ -13,7 +13,7 @@ from .. import artifacts
 from ..config import FinetuneSettings
 from ..errors import UsageError
 from ..evaluate.tofu import HUB, KEPT, SPLITS, rows_of
-from ..finetune import finetune
+from ..finetuning import finetune
 from ..progress import Reporter
 from ..registry import lookup
 from ..small_model import Size, make_model

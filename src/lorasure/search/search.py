@@ -17,11 +17,11 @@ from ..errors import KEPT, DataError, UsageError, one_line
 from ..evaluate.evaluation import check_comparable
 from ..evaluate.logs import open_evaluation
 from ..failures import explained
+from ..identity import identity
 from ..interrupt import sigterm_unwinds
 from ..lock import PAUSE, queued
 from ..model_files import check_model_folder
 from ..models import load_tokenizer
-from ..pipeline import identity
 from ..progress import Reporter
 from .finish import BEST, EVALUATIONS, finish, is_model, write_trials
 from .read import read_spec
@@ -57,7 +57,8 @@ def search(spec_path: Path, settings: SearchSettings, reporter: Reporter | None 
             work(study, runner, reporter)
         return finish(study, runner, reporter, trials_only=settings.trials_only)
     except BaseException as error:
-        error.add_note(KEPT)
+        if not isinstance(error, UsageError):  # the same command would be refused again
+            error.add_note(KEPT)
         raise
 
 
@@ -97,7 +98,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
 def _open(runner: Runner, resume: bool) -> None:
     """The folder with search.json, made now or by another worker, for the same search."""
     folder, wanted = runner.folder.resolve(), _identity(runner)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with queued(folder):
         _check_folder(folder, resume)
         folder.mkdir(mode=0o700, exist_ok=True)

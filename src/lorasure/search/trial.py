@@ -15,9 +15,8 @@ from typing import Any
 from .. import artifacts, lora, pipeline
 from ..checkpoint import Utility
 from ..config import ForgetSettings
-from ..errors import DataError, NumericError, ResourceError, UsageError
+from ..errors import DataError, NumericError, ResourceError, UsageError, is_out_of_memory
 from ..lock import queued
-from ..memory import is_out_of_memory
 from ..progress import Reporter
 from ..stages import measure_importance
 from ..train_stage import train_adapter

@@ -12,11 +12,11 @@ from .checkpoint import Keeper, remove_checkpoints
 from .config import PER_CALL, FinetuneSettings
 from .data.load import load_data
 from .errors import UsageError
+from .identity import allowed_changes, identity
 from .init.apply import INITS, Evidence, Request, initialise
 from .memory import note_guard
 from .models import dtype_name, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype, pick_token_budget
 from .objective import learn, learn_steps
-from .pipeline import allowed_changes, identity
 from .progress import Reporter
 from .registry import lookup
 from .schedule import SCHEDULES
