@@ -22,6 +22,7 @@ from lorasure.data.examples import Row, collate
 from lorasure.data.readers import read_rows
 from lorasure.errors import DataError, NumericError
 from lorasure.evaluate import collect as collecting
+from lorasure.evaluate import items as evaluate_items
 from lorasure.evaluate.collect import collect
 from lorasure.evaluate.evaluation import Evaluation, RecordFile, check_comparable, read_evaluation
 from lorasure.evaluate.items import EvaluationSet, Generation, Subject, items
@@ -391,6 +392,20 @@ def test_an_interrupted_evaluation_resumes_to_the_same_records(
         files = [(tmp_path / out / "records" / f"{name}.jsonl").read_bytes() for out in ("whole", "torn")]
         assert files[0] == files[1]
     assert (tmp_path / "whole/scores.json").read_bytes() == (tmp_path / "torn/scores.json").read_bytes()
+
+
+def test_windows_of_running_text_are_counted_and_a_set_becomes_tokens_once(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    paths = [write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i} " * 12} for i in (1, 2)]) for n in ("f", "r")]
+    made, encode = [], evaluate_items.encode_rows
+    monkeypatch.setattr(evaluate_items, "encode_rows", lambda *a, **k: made.append(encode(*a, **k)) or made[-1])
+    given = ["--model", str(model_folder), "--forget", str(paths[0]), "--retain", str(paths[1]), "--max-length", "16"]
+    assert main(["evaluate", *given, "--no-generate", "--out", str(tmp_path / "found")]) == 0
+    sets = read_evaluation(tmp_path / "found").sets
+    windows = sum(map(len, sets.values()))
+    assert windows > 4 and f"evaluate     {windows} rows in" in capsys.readouterr().err
+    assert len(made) == len(sets) * 2  # and once more the rows whose hidden states are kept
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def describe(subject: Subject, settings: SuiteSettings, sets: Sequence[Evaluatio
 
 
 def _about_rows(subject: Subject, chosen: EvaluationSet) -> dict[str, Any]:
-    tokens = measured_hash(items(subject, chosen.rows, chosen.max_length)) if chosen.rows else None
+    tokens = measured_hash(subject.items(chosen)) if chosen.rows else None
     return {"rows": len(chosen.rows), "sha256": rows_hash(chosen.rows), "tokens": tokens}
 
 
@@ -173,8 +173,7 @@ def _identity(settings: EvaluateSettings, about: Mapping[str, Any]) -> dict[str,
 
 def expected(subject: Subject, about: dict[str, Any], sets: Sequence[EvaluationSet]) -> Evaluation:
     """The evaluation to be, without what is measured, to refuse a wrong reference before hours of work."""
-    found = {s.name: items(subject, s.rows, s.max_length) for s in sets if s.rows}
-    rows = {name: [{"row": item.index, "id": item.id} for item in own] for name, own in found.items()}
+    rows = {s.name: [{"row": item.index, "id": item.id} for item in subject.items(s)] for s in sets if s.rows}
     return Evaluation("this evaluation", about, rows)
 
 
@@ -188,7 +187,7 @@ def measure(
 ) -> dict[str, list[Record]]:
     """The records of every set; in `folder`, if given, those that are there already are not made again."""
     found: dict[str, list[Record]] = {}
-    with reporter.stage("evaluate", sum(len(s.rows) for s in sets)) as progress:
+    with reporter.stage("evaluate", sum(len(subject.items(s)) for s in sets)) as progress:
         for chosen in sets:
             if folder is None:
                 found[chosen.name] = suite.collect(subject, chosen, progress=progress)

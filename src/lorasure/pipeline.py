@@ -252,7 +252,8 @@ def write_inputs(
     settings = {name: value for name, value in (given or bench.settings).located().items() if name not in PER_CALL}
     bench.run = run
     write_yaml(run / artifacts.CONFIG, settings)
-    data = dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
+    forget, retain = (part.about() for part in bench.data)
+    data = {"forget": forget, "retain": retain}
     path = run / artifacts.SUMMARY
     known = artifacts.read_json(path) if path.is_file() else {}
     if "before" in known and not _same_inputs(run, known["base"], bench.fingerprint, data):

@@ -263,7 +263,7 @@ def _scores(settings: SuiteSettings, sets: Mapping[str, Sequence[Row]], reporter
     with reporter.stage("load model"):
         subject = evaluating.load_subject(settings)
     chosen = [EvaluationSet(name, capped(rows, settings.max_rows)) for name, rows in sets.items()]
-    with reporter.stage("ledger", sum(len(s.rows) for s in chosen)) as progress:
+    with reporter.stage("ledger", sum(len(subject.items(s)) for s in chosen)) as progress:
         records = {s.name: collect(subject, s, progress=progress) for s in chosen}
     evaluation = Evaluation(settings.model, {}, records)
     found: dict[str, Score] = {}

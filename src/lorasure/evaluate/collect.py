@@ -18,7 +18,7 @@ from ..memory import within_memory
 from .behaviour import compression_ratio, is_refusal, ngram_entropy, repetition
 from .evaluation import Record
 from .inside import gradient_norms
-from .items import EvaluationSet, Generation, Item, Subject, items
+from .items import EvaluationSet, Generation, Item, Subject
 from .membership import min_k, min_k_plus_plus, zlib_ratio
 from .rouge import rouge_l
 
@@ -37,7 +37,7 @@ def collect(
 
     A block is always made of the same rows, so that records are the same bits whether or not a run was interrupted.
     """
-    found = items(subject, chosen.rows, chosen.max_length)
+    found = subject.items(chosen)
     found = [chosen.change(item) for item in found] if chosen.change else found
     # Longest first, so that rows of a block have similar lengths and too little memory shows at once.
     ordered = sorted(found, key=lambda item: (-item.width, item.index))

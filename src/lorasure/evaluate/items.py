@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +33,7 @@ class Generation:
     clip: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvaluationSet:
     """Rows and what to measure on them. Rows may bring `paraphrased_answer` and `perturbed_answer` (a list).
 
@@ -66,6 +67,13 @@ class Subject:
     base: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     guards: list[dict[str, Any]] = field(default_factory=list)
+    encoded: WeakKeyDictionary[EvaluationSet, list[Item]] = field(default_factory=WeakKeyDictionary, init=False)
+
+    def items(self, chosen: EvaluationSet) -> list[Item]:
+        """`items` of the rows of a set, made once; without its `change`."""
+        if chosen not in self.encoded:
+            self.encoded[chosen] = items(self, chosen.rows, chosen.max_length)
+        return self.encoded[chosen]
 
 
 @dataclass(frozen=True)

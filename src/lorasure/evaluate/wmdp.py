@@ -22,7 +22,7 @@ from ..errors import DataError, NumericError, UsageError
 from ..forward import Progress
 from .collect import add_time, by_blocks, cut
 from .evaluation import Evaluation, Record
-from .items import UNCUT, EvaluationSet, Item, Subject, items
+from .items import UNCUT, EvaluationSet, Item, Subject
 from .metrics import Score, mean_score
 from .muse import source
 from .settings import SuiteSettings
@@ -110,7 +110,7 @@ def collect(
         add_time(subject, "likelihood", began)
         return [_record(item, sample, chosen.name, subject) for item, sample in zip(block, samples, strict=True)]
 
-    return by_blocks(_blocks(items(subject, rows, chosen.max_length), rows), measure, done, write, progress)
+    return by_blocks(_blocks(subject.items(chosen), rows), measure, done, write, progress)
 
 
 def _task_manager() -> Any:
