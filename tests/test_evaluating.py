@@ -136,7 +136,7 @@ def test_records_do_not_depend_on_batch_size_order_or_padding(
 
 
 def test_running_text_is_measured_by_windows_and_continued_from_the_middle(subject: Subject) -> None:
-    text = Row("", "one two three four five six seven eight nine ten", "made", 1, kind="text")
+    text = Row("", "one two three four five six seven eight nine ten!", "made", 1, kind="text")
     settings = ModelSettings(model="m", max_length=16, stride=8)
     narrow = replace(subject, settings=settings, keep_text=True)
     found = collect(narrow, EvaluationSet("forget", (text,), FULL))
