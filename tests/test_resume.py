@@ -528,7 +528,7 @@ def test_a_dtype_that_auto_takes_elsewhere_is_a_change(files, tmp_path, monkeypa
         stop_in(patch, train, "_step", call=2)
         command(make(**settings, checkpoint_every=1))
     real = models.pick_dtype
-    for module in (workbench, pipeline, finetuning):
+    for module in (workbench, identity, finetuning):
         monkeypatch.setattr(module, "pick_dtype", lambda name, _: real(name.replace("auto", "bfloat16"), None))
     if kind != "finetune all":
         with pytest.raises(UsageError, match=r"\(dtype: float32 -> bfloat16\)"):
