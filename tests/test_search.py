@@ -199,6 +199,13 @@ def test_a_stopped_or_diverged_trial_leaves_the_shared_model_too(spec, out, monk
     assert result["state"] == "stopped" and "gradient" in result["reason"] and state_of(bench.bench.model) == before
 
 
+def test_a_model_without_utility_is_refused_for_good(spec, out, monkeypatch):
+    monkeypatch.setattr(Measure, "utility", lambda self, model: 0.0)
+    with pytest.raises(UsageError, match="its utility is 0, so none can be kept") as refused:
+        search(spec(), SearchSettings(out=str(out)))
+    assert not getattr(refused.value, "__notes__", ())  # --resume would be refused again
+
+
 def test_a_trial_that_cannot_be_run_is_stopped_with_its_reason(spec, out, monkeypatch):
     bench = runner(spec(utility_floor=0.9), out)
     before = state_of(bench.bench.model)

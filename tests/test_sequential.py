@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import write_rows
-from lorasure import pipeline, sequential
+from lorasure import pipeline, purge, sequential
 from lorasure.artifacts import read_json, sha256, write_manifest
 from lorasure.cli import main
 from lorasure.errors import ANEW, GOES_ON, INTERRUPTED, UsageError
@@ -129,6 +129,9 @@ def test_stopped_between_two_runs_it_says_what_is_kept(
         assert capsys.readouterr().err.endswith("lorasure: interrupted. Nothing was written.\n")
     made = (out / "request-1" / "summary.json").stat().st_mtime_ns
     assert main(given) == 0 and (out / "request-1" / "summary.json").stat().st_mtime_ns == made
+    purge.purge(out / "request-1")
+    assert main(given) == 3  # nor would the same command go on after that
+    assert "there is no data.json" in (said := capsys.readouterr().err) and GOES_ON not in said
 
 
 def test_all_steps_are_measured_on_the_same_rows_to_keep(
