@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tiny_llama
-from lorasure import artifacts, cli, models, processes
+from conftest import random_examples, tiny_llama
+from lorasure import artifacts, cli, models, processes, stages, train_stage
 from lorasure.errors import ResourceError, UsageError
 from lorasure.memory import within_memory
 
@@ -213,6 +214,15 @@ def test_sums_on_the_host_have_a_backend_also_beside_a_gpu(monkeypatch, gpu, bac
     monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: None)
     with processes.joined():
         assert begun == [backend]
+
+
+def test_all_processes_decide_by_what_the_first_one_measured(monkeypatch):
+    """--lr auto, --stop auto and --min-utility: one that ended its ramp a step early would leave the others waiting."""
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "broadcast", lambda tensor, source: tensor.fill_(0.25))
+    monkeypatch.setattr(stages, "_records_of", lambda _, __, rows: {e: SimpleNamespace(mean_nll=1.0) for e in rows})
+    rows = random_examples(2)
+    assert stages.mean_nll(None, None, rows) == train_stage._mean(None, None, rows) == 0.25
 
 
 def test_out_of_memory_in_one_of_several_processes_is_not_tried_again_alone(of_three):

@@ -100,6 +100,15 @@ def least(number: int) -> int:
     return int(found)
 
 
+def agreed(number: float) -> float:
+    """The first process's, for a decision that all must take alike: on a GPU, sums differ in their last bits."""
+    if size() == 1:
+        return number
+    found = torch.tensor(number, dtype=torch.float64)
+    dist.broadcast(found, 0)
+    return float(found)
+
+
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, which must all come here with the same shapes."""
     if size() > 1:

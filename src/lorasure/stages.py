@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import artifacts, card, lora
+from . import artifacts, card, lora, processes
 from .check import answers_of, check_export, check_handed_over, states_of, trained_and_original
 from .data.examples import Example
 from .errors import DataError, NumericError
@@ -237,9 +237,9 @@ def mean_probability(bench: Workbench, model: Any, examples: Sequence[Example]) 
 
 
 def mean_nll(bench: Workbench, model: Any, examples: Sequence[Example]) -> float:
-    """NLL in nats per answer token under a model, averaged over examples."""
+    """NLL in nats per answer token under a model, averaged over examples; the same in all processes."""
     records = _records_of(bench, model, examples)
-    return fmean(records[e].mean_nll for e in examples)
+    return processes.agreed(fmean(records[e].mean_nll for e in examples))
 
 
 def _records_of(bench: Workbench, model: Any, examples: Sequence[Example], progress: Progress | None = None) -> Records:

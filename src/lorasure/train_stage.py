@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import artifacts, lora
+from . import artifacts, lora, processes
 from .calibrate import calibrate
 from .checkpoint import Keeper, Utility, remove_checkpoints
 from .config import AUTO, ForgetSettings, OptimizerSettings
+from .data.examples import Example
 from .data.pairing import sample
 from .errors import DataError
 from .fitting import training_budget
@@ -87,7 +88,7 @@ def _calibrated(
     summary = artifacts.read_json(run / artifacts.SUMMARY)
     if RATE not in summary:
         forget, began = bench.data[0].examples, time.perf_counter()
-        known = lambda rows: mean_probability(bench, wrapped, [forget[i] for i in rows]).value  # noqa: E731
+        known = lambda rows: _mean(bench, wrapped, [forget[i] for i in rows])  # noqa: E731
         with bench.reporter.stage("calibrate"):
             found = calibrate(wrapped, objective, settings, steps, known, **options)
         summary = update_summary(run, {RATE: found | {"seconds": time.perf_counter() - began}})
@@ -160,12 +161,14 @@ def _utility(bench: Workbench, wrapped: Any, used: Collection[int]) -> Utility |
     pool = [i for i in range(len(retain)) if i not in used] or list(range(len(retain)))
     rows = [retain[pool[i]] for i in sample(len(pool), min(len(pool), UTILITY_ROWS), s.seed + 2)]
 
-    def measure() -> float:
-        value = mean_probability(bench, wrapped, rows).value
-        assert value is not None
-        return value
+    return Utility(lambda: _mean(bench, wrapped, rows), math.ceil(len(forget) / s.batch_size), s.min_utility)
 
-    return Utility(measure, math.ceil(len(forget) / s.batch_size), s.min_utility)
+
+def _mean(bench: Workbench, wrapped: Any, rows: Sequence[Example]) -> float:
+    """Mean probability of some rows, the same in all processes."""
+    value = mean_probability(bench, wrapped, rows).value
+    assert value is not None
+    return processes.agreed(value)
 
 
 def _aim(bench: Workbench, known: dict[str, Any]) -> dict[str, Any]:
