@@ -382,6 +382,14 @@ def test_the_start_of_a_run_from_the_importance_of_another(settings):
     with pytest.raises(UsageError, match="--solver elementwise: --init lora makes no use of it"):
         pipeline.init_command(fewer, settings("fewer", retain_rows=2, init="lora", solver="elementwise"))
     assert artifacts.read_manifest(fewer) == kept and artifacts.differences(fewer) == []
+    measured.rename(measured.with_name("elsewhere"))  # what needs it no more goes on without it
+    given = {"importance": str(measured)}
+    pipeline.train_command(other, settings("other", **given))
+    assert pipeline.export_command(other, settings("other", **given)).summary["after"]
+    with pytest.raises(UsageError, match="there is no such run folder"):
+        pipeline.init_command(fewer, settings("fewer", retain_rows=2, **given))
+    with pytest.raises(UsageError, match="there is no such run folder"):
+        pipeline.forget(settings("new", **given))
 
 
 def test_a_stage_refuses_what_an_earlier_one_settled_and_other_files(settings):

@@ -648,11 +648,57 @@ def test_other_rows_are_compared_with_what_was_known_of_them(settings, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_in(patch, stages, "check_export", call=1)
         pipeline.forget(changed)
-    with pytest.raises(UsageError, match=r"--allow-change forget_text: settled by trained\.safetensors"):
-        pipeline.forget(changed)
-    before = pipeline.forget(replace(changed, allow_change="")).summary["before"]
+    for name in ("forget_text", "seed"):
+        with pytest.raises(UsageError, match=rf"--allow-change {name}: settled by trained\.safetensors"):
+            pipeline.forget(replace(changed, allow_change=name))
+    (tmp_path / "other").mkdir()  # the same rows and model by other names are the same
+    (tmp_path / "model").symlink_to(changed.model)
+    renamed = {"forget": str(tmp_path / "other" / ".." / "other.jsonl"), "model": str(tmp_path / "model")}
+    run = pipeline.forget(replace(changed, allow_change="", **renamed)).folder
+    before = artifacts.read_json(run / artifacts.SUMMARY)["before"]
     anew = pipeline.forget(settings("anew", loss="bga", retain_loss="nll", forget=other["forget"])).summary["before"]
     assert before == anew and known["forget"] != before["forget"]
+    pipeline.train_command(run, settings(loss="bga", retain_loss="nll", overwrite=True, **renamed))
+    keys = [change["key"] for change in artifacts.read_json(run / artifacts.SUMMARY)["changed"]]
+    assert keys == ["forget_text", "forget_tokens"]  # which its start is of, still
+
+
+def test_the_rate_of_auto_is_found_again_for_what_was_changed_before_a_step(settings, monkeypatch):
+    options = {"lr": "auto", "loss": "bga", "retain_loss": "nll"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, train_stage, "logged_fit", call=1)
+        pipeline.forget(settings(**options))
+    known = artifacts.read_json(folders.partial_of(Path(settings().out)) / artifacts.SUMMARY)["learning_rate"]
+    found = pipeline.forget(settings(**options | {"epochs": 6}, resume=True, allow_change="epochs")).summary
+    anew = pipeline.forget(settings("anew", **options | {"epochs": 6})).summary
+    rates = [summary["learning_rate"]["rate"] for summary in (found, anew)]
+    assert rates[0] == rates[1] != known["rate"]
+
+
+def test_a_stage_does_not_mix_a_run_with_what_it_became_meanwhile(settings, monkeypatch):
+    run = pipeline.forget(settings()).folder
+    prepare = workbench.Workbench.prepare
+
+    def another_first(self):
+        monkeypatch.undo()
+        pipeline.train_command(run, settings(overwrite=True, lr=1e-3))
+        prepare(self)
+
+    for command in (pipeline.export_command, pipeline.train_command, pipeline.init_command):
+        monkeypatch.setattr(workbench.Workbench, "prepare", another_first)
+        with pytest.raises(UsageError, match="another command has changed it meanwhile"):
+            command(run, settings(overwrite=True))
+        assert artifacts.differences(run) == []
+
+
+def test_training_is_not_continued_where_there_is_no_start_yet(settings, monkeypatch):
+    run = pipeline.forget(settings()).folder
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, pipeline, "make_start", call=1)
+        pipeline.forget(settings(overwrite=True))
+    with pytest.raises(UsageError, match="--resume the command that began it"):
+        pipeline.train_command(run, settings(resume=True))
+    assert artifacts.differences(pipeline.forget(settings(resume=True)).folder) == []
 
 
 def test_what_is_asked_for_only_when_resumed_begins_there(interrupted, tmp_path):

@@ -49,12 +49,17 @@ def allowed_changes(settings: OutSettings) -> list[str]:
     return [name for part in settings.allow_change.split(",") if (name := part.strip().lstrip("-").replace("-", "_"))]
 
 
+def of_scores(key: str) -> bool:
+    """Whether the scores of before and after depend on what a name of an identity stands for."""
+    return key.endswith(("_text", "_tokens")) or key in ("weights", "model_config", "quantize", "dtype", "seed")
+
+
 def check_unsettled(partial: Path, allowed: Sequence[str]) -> None:
     """What a finished stage was made with cannot change any more: it would be ignored, or not fit."""
     for name, stages in SETTLED.items():
         settled = {f.name.rstrip("_") for stage in stages for f in fields(stage)} - ANY_TIME
-        if name == artifacts.TRAINED:  # what comes after it would be scored on other rows, or with another base
-            settled |= {key for key in allowed if key.endswith(("_text", "_tokens"))} | {"weights", "model_config"}
+        if name == artifacts.TRAINED:  # the scores of before are there
+            settled |= set(filter(of_scores, allowed))
         if (partial / name).is_file() and (late := [key for key in allowed if key in settled]):
             raise UsageError(
                 f"--allow-change {late[0]}: settled by {name}, which is finished; start anew to change it."

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import artifacts, folders, lora, processes
+from .checkpoint import FOLDER as CHECKPOINTS
 from .config import (
     PER_CALL,
     ExportSettings,
@@ -23,8 +24,9 @@ from .config import (
 )
 from .errors import DataError, UsageError
 from .fitting import fit_memory
-from .identity import ANY_TIME, allowed_changes, check_unsettled, identity
+from .identity import ANY_TIME, allowed_changes, check_unsettled, identity, of_scores
 from .model_files import CONFIG
+from .outcome import RATE
 from .progress import Reporter
 from .stages import (
     Start,
@@ -91,14 +93,19 @@ def importance_command(settings: ForgetSettings, reporter: Reporter | None = Non
 def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 2 on an existing run, from its importance (or from new activations). Later stages' files go."""
     check_used(settings)
+    made = artifacts.read_manifest(run)
     bench = _reopen(run, settings, reporter, "init", InitSettings, ImportanceSettings, TrainSettings, ExportSettings)
     _check_worth(run, settings.overwrite)
-    another = bench.settings.located()["importance"] != read_yaml(run / artifacts.CONFIG).get("importance")
+    another = settings.located()["importance"] != read_yaml(run / artifacts.CONFIG).get("importance")
     importance = None
-    if bench.measures_importance and not another:
+    if another:
+        _check_importance(settings)
+    elif bench.measures_importance:
         importance = load_importance(bench, run)
-    with folders.changed_run(run, [] if another else [artifacts.IMPORTANCE], settings.overwrite) as changed:
-        write_inputs(bench, changed, spent=_spent(run, STARTING))
+    kept, anew = ([], ("importance", *STARTING)) if another else ([artifacts.IMPORTANCE], STARTING)
+    with folders.changed_run(run, kept, settings.overwrite) as changed:
+        _check_still(run, made)
+        write_inputs(bench, changed, earlier=_earlier(run, anew))
         make_start(bench, changed, measure_importance(bench, changed) if another else importance)
     return run
 
@@ -106,10 +113,14 @@ def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None 
 def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Path:
     """Stage 3 on an existing run, from its init.safetensors. Later stages' files go."""
     artifacts.check_run(run, artifacts.START)
+    made = artifacts.read_manifest(run)
     bench = _reopen(run, settings, reporter, "train", TrainSettings, ExportSettings)
     goes_on = settings.resume and folders.holds_progress(folders.partial_of(run))
     _check_worth(run, settings.overwrite or goes_on)
     with _resumable(bench, run, carry=[artifacts.IMPORTANCE, artifacts.START]) as changed:
+        _check_still(run, made)
+        if not (changed / artifacts.START).is_file():
+            raise UsageError(f"{changed}: it is before its {artifacts.START}; --resume the command that began it.")
         train_adapter(bench, changed, Start.load(changed / artifacts.START, bench.sites))
     return run
 
@@ -117,6 +128,7 @@ def train_command(run: Path, settings: ForgetSettings, reporter: Reporter | None
 def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | None = None) -> Result:
     """Stage 4 on an existing run, from its trained.safetensors: another rank, merged weights."""
     artifacts.check_run(run, artifacts.START, artifacts.TRAINED)
+    made = artifacts.read_manifest(run)
     bench = _reopen(run, settings, reporter, "export", ExportSettings)
     start = Start.load(run / artifacts.START, bench.sites)
     with artifacts.as_written(run / artifacts.SUMMARY):
@@ -124,7 +136,8 @@ def export_command(run: Path, settings: ForgetSettings, reporter: Reporter | Non
         _ = known["before"]  # `export` compares with it
     kept = [artifacts.IMPORTANCE, artifacts.START, artifacts.TRAINED, artifacts.LOG]
     with folders.changed_run(run, kept, settings.overwrite) as changed:
-        update_summary(changed, known | {"seconds": _spent(run, EXPORTING)})
+        _check_still(run, made)
+        update_summary(changed, known | _earlier(run, EXPORTING))
         write_inputs(bench, changed)
         summary = export(bench, changed, start, partial(_trained, bench, run, start))
     return Result(run, summary)
@@ -147,6 +160,17 @@ def _check_worth(run: Path, wanted: bool) -> None:
         raise UsageError(f"{run}: {text}")
 
 
+def _check_still(run: Path, made: Mapping[str, Any]) -> None:
+    """No other command has changed the run while this one was reading it; from now on it is locked."""
+    if artifacts.read_manifest(run) != made:
+        raise UsageError(f"{run}: another command has changed it meanwhile; start this one again.")
+
+
+def _check_importance(settings: ForgetSettings) -> None:
+    if settings.importance and not Path(settings.importance).is_dir():
+        raise UsageError(f"--importance {settings.importance}: there is no such run folder.")
+
+
 @contextmanager
 def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tuple[Workbench, Path]]:
     """A checked workbench and the folder of a new run. What is wrong with the input shows before a folder exists."""
@@ -155,6 +179,7 @@ def _new_run(settings: ForgetSettings, reporter: Reporter | None) -> Iterator[tu
         folders.check_new(out, own.overwrite, own.resume, folders.read_by(own), artifacts.SUMMARY)
         bench = Workbench(own, reporter)
         check_used(own)
+        _check_importance(own)
         with bench.reporter.held():
             fit_memory(bench)
             bench.prepare()
@@ -190,7 +215,7 @@ def _resumable(bench: Workbench, out: Path, carry: Sequence[str] = ()) -> Iterat
         allow_change=allowed,
         note=bench.reporter.note,
     ) as run:
-        write_inputs(bench, run, spent=_spent(out, TRAINING) if carry else {})
+        write_inputs(bench, run, earlier=_earlier(out, TRAINING) if carry else {})
         yield run
 
 
@@ -235,40 +260,41 @@ def _reopen(
     return bench
 
 
-def _spent(run: Path, anew: Sequence[str]) -> dict[str, float]:
-    """The seconds of a run's stages but for those that are made `anew`."""
+def _earlier(run: Path, anew: Sequence[str]) -> dict[str, Any]:
+    """Of a run's summary, what holds for its next version: its changes, the seconds of stages not made `anew`."""
     with artifacts.as_written(run / artifacts.SUMMARY):
-        seconds = artifacts.read_json(run / artifacts.SUMMARY).get("seconds", {})
-        return {stage: took for stage, took in seconds.items() if stage not in anew}
+        known = artifacts.read_json(run / artifacts.SUMMARY)
+        seconds = {stage: took for stage, took in known.get("seconds", {}).items() if stage not in anew}
+        return {"seconds": seconds, "changed": known.get("changed", [])}
 
 
 def write_inputs(
-    bench: Workbench, run: Path, given: Settings | None = None, spent: Mapping[str, float] | None = None
+    bench: Workbench, run: Path, given: Settings | None = None, earlier: Mapping[str, Any] | None = None
 ) -> None:
     """config.yaml, data.json, and what summary.json says of settings and base, and from now on of the time.
 
-    `given`: the settings of another command; `spent`: the seconds of earlier stages, of a run that has not begun yet.
+    `given`: the settings of another command; `earlier`: of a run that has not begun yet, what it goes on from.
     """
     settings = {name: value for name, value in (given or bench.settings).located().items() if name not in PER_CALL}
     bench.run = run
     write_yaml(run / artifacts.CONFIG, settings)
-    forget, retain = (part.about() for part in bench.data)
-    data = {"forget": forget, "retain": retain}
+    artifacts.write_json(
+        run / artifacts.DATA, dict(zip(("forget", "retain"), (part.about() for part in bench.data), strict=True))
+    )
     path = run / artifacts.SUMMARY
-    known = artifacts.read_json(path) if path.is_file() else {}
-    if "before" in known and not _same_inputs(run, known["base"], bench.fingerprint, data):
-        del known["before"]  # --allow-change: it is another model's, or of other rows
-        artifacts.write_json(path, known)
-    artifacts.write_json(run / artifacts.DATA, data)
-    seconds = known.get("seconds", spent or {})
-    known |= artifacts.read_json(run / artifacts.IDENTITY) if (run / artifacts.IDENTITY).is_file() else {}
-    kept = {name: known.get(name, []) for name in ("guards", "changed")}
-    update_summary(run, {"base": bench.fingerprint, "settings": settings, **kept})
+    known = artifacts.read_json(path) if path.is_file() else dict(earlier or {})
+    changed, now = known.get("changed", []), _changed_now(run, known.get("changed", []))
+    if any(of_scores(change["key"]) for change in now):
+        known.pop("before", None)
+    if now and not any((run / CHECKPOINTS).glob("*")):
+        known.pop(RATE, None)  # of --lr auto, with which nothing was trained yet
+    mine = {"base": bench.fingerprint, "settings": settings, "guards": known.get("guards", [])}
+    artifacts.write_json(path, known | mine | {"changed": [*changed, *now]})
     with artifacts.as_written(path):
-        bench.reporter.go_on(seconds, lambda spent: update_summary(run, {"seconds": spent}))
+        bench.reporter.go_on(known.get("seconds", {}), lambda spent: update_summary(run, {"seconds": spent}))
 
 
-def _same_inputs(run: Path, known: Any, base: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
-    """Whether a run's folder was last worked on with the same base, and data if it says so."""
-    stored = run / artifacts.DATA
-    return known == base and (not stored.is_file() or artifacts.read_json(stored) == data)
+def _changed_now(run: Path, known: Sequence[Any]) -> list[Any]:
+    """What --allow-change has allowed since the summary was last written, which names what is `known`."""
+    path = run / artifacts.IDENTITY
+    return [change for change in artifacts.read_json(path)["changed"] if change not in known] if path.is_file() else []

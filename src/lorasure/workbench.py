@@ -274,8 +274,6 @@ def check_names(settings: ForgetSettings) -> None:
             f"--coverage below 1 ranks layers by importance, which --init {settings.init} does not measure; "
             "add for example --score variance --space lora."
         )
-    if settings.importance and not Path(settings.importance).is_dir():
-        raise UsageError(f"--importance {settings.importance}: there is no such run folder.")
 
 
 def ignored(settings: ForgetSettings) -> dict[str, Any]:
