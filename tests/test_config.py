@@ -62,6 +62,18 @@ def test_null_is_refused_where_a_value_is_needed(command, tmp_path):
             parse(command, "", settings, ["--config", str(file)])
 
 
+@pytest.mark.parametrize("text", ["#run", "&run", "!!null run", "~x", "Null", "3", "{a: 1}"])
+def test_text_is_taken_as_it_is(text, tmp_path):
+    """None of it as YAML, where half of these are nothing."""
+    settings, file = COMMANDS["evaluate"].settings, tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"adapter": text}))
+    needed = ["--model", "m", "--out", "o"]
+    for given in ([f"--adapter={text}"], ["--adapter", text], ["--config", str(file)]):
+        assert parse("evaluate", "", settings, [*needed, *given]).adapter == text
+    assert parse("evaluate", "", settings, needed, {"adapter": text}).adapter == text
+    assert parse("evaluate", "", settings, [*needed, "--adapter", "null"], {"adapter": text}).adapter is None
+
+
 def field_of(settings, name):
     return next(f for f in fields(settings) if f.name == name)
 

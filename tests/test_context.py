@@ -12,7 +12,7 @@ from conftest import write_rows
 from lorasure import artifacts, attacking, pipeline
 from lorasure.config import ForgetSettings, ModelSettings
 from lorasure.data.examples import Example, Row
-from lorasure.data.load import context, encode_rows, load_data
+from lorasure.data.load import encode_rows, load_data, model_config, takes
 from lorasure.errors import DataError, UsageError
 from lorasure.evaluate.collect import generate
 from lorasure.evaluate.items import UNCUT, Generation, Subject, items
@@ -36,14 +36,28 @@ def row(i, length):
 
 
 def test_what_a_model_takes_is_in_its_configuration(short_model, tokenizer, tmp_path):
-    assert context(load_tokenizer(str(short_model))) == TAKES and context(tokenizer) is None
+    assert takes(model_config(load_tokenizer(str(short_model)))) == TAKES and model_config(tokenizer) is None
     tokenizer.save_pretrained(tmp_path)
-    for config, takes in ((BloomConfig(), None), (LlamaConfig(max_position_embeddings=40), 40)):
+    for config, most in ((BloomConfig(), None), (LlamaConfig(max_position_embeddings=40), 40)):
         config.save_pretrained(tmp_path)
-        assert context(AutoTokenizer.from_pretrained(tmp_path)) == takes
+        assert takes(model_config(AutoTokenizer.from_pretrained(tmp_path))) == most
     found = AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert context(found) is None
+    assert model_config(found) is None
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_token_that_the_model_lacks_is_refused_with_its_row(model_folder, tmp_path, fit):
+    """A tokenizer that got a token, of a model that did not."""
+    grown = AutoTokenizer.from_pretrained(model_folder)
+    grown.add_tokens(["<more>"])
+    grown.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    tokenizer, settings = AutoTokenizer.from_pretrained(tmp_path), ModelSettings(model="m")
+    rows = [Row("Who?", "Ann.", "f", 1), Row("Who is <more>?", "Ann.", "f", 2)]
+    assert encode_rows(rows[:1], settings, tokenizer, fit=fit).examples
+    with pytest.raises(DataError, match=r"^f:2: a token of this row is not among the 257 that the model has"):
+        encode_rows(rows, settings, tokenizer, fit=fit)
 
 
 def test_rows_are_cut_where_the_model_ends(short_model, tmp_path):

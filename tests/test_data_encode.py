@@ -8,7 +8,7 @@ import pytest
 import transformers.utils.chat_template_utils as chat_utils
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorasure.data.encode import REFUSALS, TEMPLATES, encode, refusal_rows
@@ -216,6 +216,16 @@ def test_truncation_is_counted_and_its_end_named():
     with pytest.raises(DataError, match=r"f.jsonl:1: answer fully truncated: prompt has 24 tokens, --max-length is 24"):
         run(qa(), max_length=24)
     assert run(qa(), max_length=25).examples[0].answer_length == 1
+
+
+def test_text_of_which_no_token_is_made_is_refused():
+    """Zero-width characters look like text, and a tokenizer may drop them."""
+    tokenizer = make_tokenizer(front=())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    for kind in ("text", "completion"):
+        with pytest.raises(DataError, match=r"^f\.jsonl:3: the tokenizer makes no tokens of this row\."):
+            run(qa("", "\u200b", line=3, kind=kind), tokenizer)
+        assert run(qa("", "a\u200b", kind=kind), tokenizer).examples[0].answer_length == 1
 
 
 def test_example_carries_place_and_group():

@@ -159,6 +159,17 @@ def test_blank_and_repeated_rows_are_left_out_and_listed(write):
         ("a.jsonl", lines({**QA, "answer": True}), "a.jsonl:1: answer must be text, found true or false"),
         ("a.jsonl", lines({**QA, "answer": [SECRET]}), "a.jsonl:1: answer must be text, found a list"),
         ("a.jsonl", '{"text": "a\\ud800"}', "a.jsonl:1: text holds half of a surrogate pair at character 1"),
+        (
+            "a.jsonl",
+            lines(QA) + '{"text": "a", "text": "b"}',
+            "a.jsonl:2: expected an object with named values, found an object that has a name twice",
+        ),
+        ("a.json", '[{"text": "a"},\n\n{"text": "b", "group": 1, "group": 2}]', "a.json:2: expected an object with"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "a", "content": "b"}, {}]}',
+            "message 1 must have role and content and nothing else, found an object that has a name twice",
+        ),
         ("a.jsonl", lines({**QA, "group": 1.5}), "a.jsonl:1: group must be text or a whole number, found a number"),
         (
             "a.jsonl",

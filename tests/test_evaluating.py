@@ -121,6 +121,14 @@ def test_an_empty_cell_is_no_answer(subject: Subject) -> None:
         items(subject, [replace(row, extra={"perturbed_answer": ["Bob.", None]})])
 
 
+@pytest.mark.parametrize(("value", "says"), [("\ud800b", "half of a surrogate pair"), (3, "must be text, found a num")])
+def test_answers_that_a_row_brings_are_text_as_its_own_is(subject: Subject, value: object, says: str) -> None:
+    [row] = made(1)
+    for key, brought in (("perturbed_answer", ["Bob.", value]), ("paraphrased_answer", value)):
+        with pytest.raises(DataError, match=rf"^made:1: {key} .*{says}"):
+            items(subject, [replace(row, extra=row.extra | {key: brought})])
+
+
 def test_records_do_not_depend_on_batch_size_order_or_padding(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:

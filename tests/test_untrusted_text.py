@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from conftest import write_rows
-from lorasure import cli
+from lorasure import cli, show
 from lorasure.data.readers import read_rows
 from lorasure.errors import SHOWN, DataError, escaped, one_line
+from lorasure.evaluate.metrics import Score
 from lorasure.progress import Reporter
 
 HOSTILE = {
@@ -89,6 +90,17 @@ def test_notes_and_results_on_the_terminal(tmp_path, model_folder, data_files, c
     assert code == (2 if "\udc80" in text else 0)
     captured = capfd.readouterr()
     assert all(line.isprintable() for line in (captured.out + captured.err).split("\n"))
+
+
+@pytest.mark.parametrize(
+    "text", [*HOSTILE.values(), "x[/b]", "x[red]y", "x:smile:"], ids=[*HOSTILE, "closes a tag", "opens a tag", "emoji"]
+)
+def test_titles_of_tables_on_the_terminal(capsys, text):
+    found = {"forget_probability": Score(0.5, 3, low=0.25, high=0.75)}
+    show.scores(found, text)
+    show.steps({"step": found}, text)
+    out = capsys.readouterr().out
+    assert out.count(escaped(text)) == 2 and all(line.isprintable() for line in out.split("\n"))
 
 
 @pytest.mark.fault(

@@ -87,12 +87,24 @@ def _parser(command: str, title: str, settings: type[Settings], stored: Mapping[
         for f in members:
             key = f.name.rstrip("_")
             needed = f.default is MISSING and key not in stored
-            how: dict[str, Any] = {"type": types[f.name]}
+            how: dict[str, Any] = {"type": _TextOrNull() if types[f.name] == str | None else types[f.name]}
             if types[f.name] is bool:  # --merge, --merge false and --no-merge
                 how = {"action": ActionYesNo(no_prefix="no-"), "nargs": "?"}
             how |= {"required": True} if needed else {"default": stored.get(key, f.default)}
             group.add_argument(flag(f.name), help=f.metadata["help"], **how)
     return parser
+
+
+class _TextOrNull:
+    """Text as it is, None for null. jsonargparse reads a `str | None` as YAML, where `#run` is a comment: nothing."""
+
+    def __repr__(self) -> str:  # what --help says
+        return "str | null"
+
+    def __call__(self, value: Any) -> str | None:
+        if not isinstance(value, str | None):
+            raise TypeError(f"Given value: {value}")  # as jsonargparse says it, for `_in_our_words`
+        return None if value == "null" else value
 
 
 def _groups(settings: type[Settings]) -> dict[str, list[Field]]:

@@ -15,9 +15,14 @@ from .evaluate.gate import Line, value_of
 from .outcome import adapter_form
 
 
+def _console(stderr: bool = False) -> Console:
+    """Shows names, which come from elsewhere, as they are: `[b]` and `:bug:` in them mean nothing."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
 def result(folder: Path, summary: Mapping[str, Any]) -> None:
     """Before and after, where the time went, peak memory, and the verdict as the last line."""
-    console = Console(highlight=False)
+    console = _console()
     scores = Table(title="probability of the answers (95 % interval)", title_justify="left")
     for name in ("set", "examples", "before", "after"):
         scores.add_column(name, justify="left" if name == "set" else "right")
@@ -27,12 +32,11 @@ def result(folder: Path, summary: Mapping[str, Any]) -> None:
     console.print(scores)
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary["seconds"].items())
     memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in summary["peak_memory_bytes"].items())
-    console.print(f"time: {times}", f"peak memory: {memory}", sep="\n", markup=False, soft_wrap=True)
+    console.print(f"time: {times}", f"peak memory: {memory}", sep="\n", soft_wrap=True)
     console.print(
         _handed_over(escaped(str(folder)), summary),
         summary["verdict"]["text"],
         sep="\n",
-        markup=False,
         soft_wrap=True,
     )
 
@@ -51,7 +55,7 @@ def plan(found: Mapping[str, Any], as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False))
         return
-    console = Console(highlight=False)
+    console = _console()
     table = Table("stage", "where", "part", Column("GiB", justify="right"), title="memory", title_justify="left")
     for part in found["parts"]:
         table.add_row(part["stage"], part["place"], part["name"], f"{part['bytes'] / 2**30:.2f}")
@@ -73,11 +77,11 @@ def scores(found: Mapping[str, Any], title: str, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(plain, indent=2, allow_nan=False))
         return
-    console = Console(highlight=False)
+    console = _console()
     table = Table(
         Column("score", no_wrap=True), Column("value", justify="right", no_wrap=True), Column("n", justify="right"), ""
     )
-    table.title, table.title_justify = f"{title} (95 % interval)", "left"
+    table.title, table.title_justify = f"{escaped(title)} (95 % interval)", "left"
     below: dict[tuple[str, str], list[str]] = {}
     for name, score in plain.items():
         if score["value"] is None:
@@ -88,7 +92,7 @@ def scores(found: Mapping[str, Any], title: str, as_json: bool = False) -> None:
             below.setdefault(("note", score["note"]), []).append(name)
     console.print(table)
     for (kind, text), names in below.items():
-        console.print(f"{kind}: {', '.join(names)}: {text}.", markup=False, soft_wrap=True)
+        console.print(f"{kind}: {', '.join(names)}: {text}.", soft_wrap=True)
 
 
 def steps(measured: Mapping[str, Mapping[str, Any]], folder: str, as_json: bool = False) -> None:
@@ -104,7 +108,7 @@ def steps(measured: Mapping[str, Mapping[str, Any]], folder: str, as_json: bool 
     for name in dict.fromkeys(name for scores in measured.values() for name in scores):
         found = [scores.get(name) for scores in measured.values()]
         table.add_row(name, *("" if s is None else "-" if s.value is None else f"{s.value:.3f}" for s in found))
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 def probe(found: Mapping[str, Any], source: str, as_json: bool = False) -> None:
@@ -114,7 +118,7 @@ def probe(found: Mapping[str, Any], source: str, as_json: bool = False) -> None:
     if not as_json:
         words = found["verdict"].extra
         lines = ("p: that the text lies no higher than the control.", f"Control: {words['control']}.", words["text"])
-        Console(highlight=False).print(*lines, sep="\n", markup=False)
+        _console().print(*lines, sep="\n")
 
 
 def attacks(about: Mapping[str, Any], lines: Sequence[Line], as_json: bool = False) -> None:
@@ -124,9 +128,9 @@ def attacks(about: Mapping[str, Any], lines: Sequence[Line], as_json: bool = Fal
         named = {_name(line, key): score for line in lines for key, score in line["scores"].items()}
         print(json.dumps(named, indent=2, allow_nan=False))
         for text in gate:
-            Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+            _console(stderr=True).print(text, soft_wrap=True)
         return
-    console = Console(highlight=False)
+    console = _console()
     names = list(dict.fromkeys(key for line in lines for key in line["scores"]))
     table = Table("attack", *(Column(name.replace("_", "\n"), justify="right") for name in names), box=None)
     subjects = ("unlearned", "retrained") if about["retrained"] else ("unlearned",)
@@ -140,9 +144,9 @@ def attacks(about: Mapping[str, Any], lines: Sequence[Line], as_json: bool = Fal
     known = [s for line in lines for s in line["scores"].values() if s["low"] is not None]
     widest = max(((s["high"] - s["low"]) / 2 for s in known), default=None)
     if widest is not None:
-        console.print(f"95 % intervals, at most +-{widest:.2f} here, and n are in attacks.jsonl.", markup=False)
+        console.print(f"95 % intervals, at most +-{widest:.2f} here, and n are in attacks.jsonl.")
     skipped = [f"not run: {x['attack']} ({x['subject']}): {x['reason']}." for x in about["not_run"]]
-    console.print(*skipped, *about["verdict"], *gate, sep="\n", markup=False, soft_wrap=True)
+    console.print(*skipped, *about["verdict"], *gate, sep="\n", soft_wrap=True)
 
 
 def _value(line: Line | None, score: str) -> str:

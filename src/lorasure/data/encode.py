@@ -121,7 +121,8 @@ def encode(
     is pinned to 26 July 2024, both the `date_string` that Llama's templates take and the `strftime_now` that others
     call, so that results do not depend on the day of the run.
 
-    Raises UsageError for a wrong setting, DataError if the tokenizer has no end of text or a prompt leaves no room.
+    Raises UsageError for a wrong setting, DataError if the tokenizer has no end of text, makes no tokens of a
+    row, or a prompt leaves no room.
     """
     if max_length < 2:
         raise UsageError(f"--max-length must be at least 2, got {max_length}.")
@@ -139,6 +140,8 @@ def encode(
             prompt, answer = _parts(row, tokenizer, text, apart=name in TEMPLATES and TEMPLATES[name].apart)
             found = [_cut(row, prompt, answer, most, limit)]
             truncated += [row.place] * (len(prompt) + len(answer) > most)
+        if not all(example.answer_length for example in found):  # what looks like text can be nothing to a tokenizer
+            raise DataError(f"{row.place}: the tokenizer makes no tokens of this row.")
         examples += found
         index += [number] * len(found)
     return Encoded(tuple(examples), tuple(index), tuple(truncated), name, most, limit)

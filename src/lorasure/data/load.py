@@ -41,11 +41,11 @@ class DataSet:
 
     @cached_property
     def tokens_hash(self) -> str:
-        """sha256 over all that training sees of the examples, in order: tokens, where the answer begins, groups.
+        """`examples_hash` of the examples.
 
         Rows that stay the same give others where the tokenizer or its chat template has changed.
         """
-        return hash_of([e.input_ids, e.answer_start, e.group] for e in self.examples)
+        return examples_hash(self.examples)
 
     def about(self) -> dict[str, Any]:
         """Counts, places of what was left out or cut, and hashes; never the text."""
@@ -73,6 +73,11 @@ class DataSet:
 def rows_hash(rows: Sequence[Row]) -> str:
     """sha256 over prompts, messages and answers, in order."""
     return hash_of([row.kind, row.prompt, row.messages, row.answer] for row in rows)
+
+
+def examples_hash(examples: Iterable[Example]) -> str:
+    """sha256 over all that training sees of the examples, in order: tokens, where the answer begins, groups."""
+    return hash_of([e.input_ids, e.answer_start, e.group] for e in examples)
 
 
 def hash_of(values: Iterable[Any]) -> str:
@@ -115,22 +120,31 @@ def layout(settings: ModelSettings) -> Layout:
 def encode_rows(
     rows: Sequence[Row], settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, *, fit: bool = True
 ) -> Encoded:
-    """Tokenize rows by the settings, none longer than the model whose tokenizer it is takes (unless not to `fit`)."""
+    """Tokenize rows by the settings, none longer than the model whose tokenizer it is takes (unless not to `fit`).
+
+    DataError for a row with a token that this model does not have.
+    """
     s = settings
     template = s.template.replace("\\n", "\n")  # a shell passes the two characters on
     options = {"template": template, "max_length": s.max_length, "stride": s.stride}
-    return encode(rows, tokenizer, context=context(tokenizer) if fit else None, **options)
+    config = model_config(tokenizer)
+    encoded = encode(rows, tokenizer, context=takes(config) if config is not None and fit else None, **options)
+    size = getattr(config, "vocab_size", None)
+    for example in encoded.examples:
+        if isinstance(size, int) and max(example.input_ids) >= size:
+            raise DataError(f"{example.place}: a token of this row is not among the {size} that the model has.")
+    return encoded
 
 
-def context(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that the model in the tokenizer's folder takes; None if there is none, or it does not say."""
+def model_config(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Of text, of the model in the tokenizer's folder; None if there is none."""
     folder = tokenizer.name_or_path
     if not (folder and Path(folder, "config.json").is_file()):
         return None
     from transformers import AutoConfig
 
     try:
-        return takes(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception:  # a file that is no configuration: loading the model says what is wrong with it
         return None
 

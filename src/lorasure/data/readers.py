@@ -16,7 +16,7 @@ from typing import Any
 from ..artifacts import exists
 from ..errors import DataError, ResourceError
 from .examples import Row
-from .rows import AUTO, Layout, to_row
+from .rows import AUTO, Layout, Twice, to_row
 
 Record = tuple[int, Any]  # the line or row number, counted from 1, and what stands there
 
@@ -126,12 +126,17 @@ def _decoded(data: bytes, source: str) -> str:
 
 def _json_value(text: str, source: str, line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_json_object)
     except json.JSONDecodeError as error:
         at = f"{source}:{line + error.lineno - 1}"
         raise DataError(f"{at}: not valid JSON ({error.msg} at column {error.colno}).") from None
     except (ValueError, RecursionError):  # a number with thousands of digits, brackets nested without end
         raise DataError(f"{source}:{line}: not usable JSON (a number too long, or nested too deep).") from None
+
+
+def _json_object(members: list[tuple[str, Any]]) -> dict[str, Any] | Twice:
+    found = dict(members)
+    return found if len(found) == len(members) else Twice()
 
 
 def _json_lines(data: bytes, source: str) -> Iterator[Record]:

@@ -33,6 +33,11 @@ class Layout:
 
 AUTO = Layout()
 
+
+class Twice:
+    """Stands for a JSON object that has a name twice: one of the values would be dropped unseen. No row takes it."""
+
+
 # (prompt column, answer column) -> kind of row. The first pair that a row has decides. Only `completion` promises that
 # both parts can be joined as they are; the others need a template between them.
 PAIRS = {
@@ -77,7 +82,12 @@ def brought_wrong(row: Row) -> list[str]:
         return []
     if not isinstance(wrong, list) or None in wrong:
         raise DataError(f"{row.place}: 'perturbed_answer' must be a list of wrong answers.")
-    return list(map(str, wrong))
+    return [_text(answer, "perturbed_answer", row.place) for answer in wrong]
+
+
+def brought_paraphrase(row: Row) -> str:
+    """The paraphrase of its answer that a row brings, `paraphrased_answer`; blank where it has none."""
+    return _text(row.extra.get("paraphrased_answer"), "paraphrased_answer", row.place)
 
 
 def _columns(record: Mapping[str, Any], layout: Layout, place: str) -> tuple[str, str, str]:
@@ -116,6 +126,7 @@ def _names(record: Mapping[str, Any], place: str, most: int = 12) -> str:
 
 def _type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    names |= {Twice: "an object that has a name twice"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import ModelSettings
 from ..data.examples import Example, Row
 from ..data.load import encode_rows, hash_of
-from ..data.rows import brought_wrong
+from ..data.rows import brought_paraphrase, brought_wrong
 
 UNCUT = 1 << 16  # tokens: nothing is cut
 
@@ -109,7 +109,7 @@ def items(subject: Subject, rows: Sequence[Row], max_length: int | None = None) 
     variants, sizes = [], []
     for row in rows:
         wrong = [] if row.kind == "text" else brought_wrong(row)
-        paraphrase = str(row.extra.get("paraphrased_answer") or "")
+        paraphrase = brought_paraphrase(row)
         answers = [row.answer, paraphrase if paraphrase.strip() else row.answer, *wrong]
         # Without wrong answers there is nothing to compare a paraphrase with; running text has no question for either.
         variants += [replace(row, answer=answer) for answer in (answers if wrong else answers[:1])]

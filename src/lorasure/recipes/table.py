@@ -46,7 +46,7 @@ def gains(gain: Gain, lines: Sequence[Line], recipe: Recipe) -> dict[str, float 
 
 def show(recipe: Recipe, lines: Sequence[Line]) -> None:
     """Print the table, what is published as gains, what failed, and the recipe's notes."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     wanted = columns(recipe, lines)
     heads = [f"{NAMES.get(score, score)}\n{whose}" for score, whose in wanted]
     table = Table(Column("cell", no_wrap=True), *(Column(head, justify="right", no_wrap=True) for head in heads))

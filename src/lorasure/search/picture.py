@@ -71,7 +71,7 @@ def show(result: Mapping[str, Any], folder: Path, as_json: bool = False) -> None
     table.add_row("original", "", "", *values, "100.0%", "")
     if "forget_probability" in level:
         table.add_row("wrong answers", "", "", *(f"{level[key]:.4f}" for key in KNOWN), "", "")
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def _cells(row: Mapping[str, Any], floor: float, count: str) -> list[str]:
