@@ -17,6 +17,7 @@ from lorasure.data.encode import resolved_template
 from lorasure.data.examples import Example, Row
 from lorasure.data.pairing import sample
 from lorasure.evaluate import attacks
+from lorasure.evaluate import victim as victims
 from lorasure.evaluate.attacks import ATTACKS, NotRun
 from lorasure.evaluate.items import Subject, items
 from lorasure.evaluate.prompts import asking, given, prefixed, with_examples
@@ -293,6 +294,19 @@ def test_sampling_follows_the_seed(tokenizer, monkeypatch):
         ATTACKS["sample"].run(replace(v, options=replace(v.options, seed=seed)))
     first, again, other = said
     assert first == again != other and len({text for text, _ in first}) > 3
+
+
+def test_the_same_answers_are_measured_behind_examples_that_are_longer_than_rows_may_be(tokenizer, monkeypatch):
+    v = victim(tiny_llama(), tokenizer, generate_rows=0)
+    retain = tuple(replace(row, answer=row.answer * 5) for row in v.rows.retain)
+    v = replace(v, settings=replace(v.settings, max_length=64), rows=replace(v.rows, retain=retain))
+    assert min(len(tokenizer(row.answer)["input_ids"]) for row in retain) > 64
+    measured, collect = [], victims.collect
+    monkeypatch.setattr(victims, "collect", lambda *a, **k: measured.append(collect(*a, **k)) or measured[-1])
+    for name in ("none", "few-shot"):
+        ATTACKS[name].run(v)
+    plain, behind = ([record["tokens"] for record in found] for found in measured)
+    assert plain == behind
 
 
 def test_attacks_that_do_not_apply_say_why(tokenizer, monkeypatch):

@@ -135,7 +135,11 @@ def test_nothing_to_take_a_level_from_is_said_before_anything_is_written(setting
         " ".join(capsys.readouterr().err.split())
     )
     assert not (tmp_path / "x").exists() and not (tmp_path / ".x.partial").exists()
-    for options, text in (({"stop": "now"}, "--stop must be auto"), ({"stop": None}, "--unseen is for --stop auto")):
+    for options, text in (
+        ({"stop": "now"}, "--stop must be auto"),
+        ({"stop": None}, "--unseen is for --stop auto"),
+        ({"loss": "ga"}, "--stop goes by the retain loss"),
+    ):
         with pytest.raises(UsageError, match=text):
             Workbench(settings(**options))
     with pytest.raises(DataError, match="are the same row"):

@@ -540,11 +540,17 @@ def test_verdict(forget, retain, known, harmed, said):
     def scores(f, r):
         return {"forget": {"value": f}, "retain": {"value": r}}
 
-    summary = {"before": scores(0.9, 0.9), "after": scores(forget, retain), "settings": {"lr": 1e-4}}
+    given = {"lr": 1e-4, "loss": "bga", "retain_loss": None}
+    summary = {"before": scores(0.9, 0.9), "after": scores(forget, retain), "settings": given}
     summary |= {"export": {"scale": 0.9}}
     found = stages.verdict(summary)
     assert (found["still_known"], found["retain_harmed"]) == (known, harmed) and said in found["text"]
     whole = stages.verdict(summary | {"export": {"scale": 1.0}})["text"]
     assert not known or "still known. Try a higher learning rate" in whole
+    smaller = stages.verdict(summary | {"export": {"scale": 1.0, "kept_energy": 0.2}})["text"]
+    assert not known or "Try `lorasure export RUN --export-rank null`, then a higher" in smaller
+    for changes in ({"retain_loss": "none"}, {"loss": "ga"}):  # neither --lambda nor retain rows would change anything
+        alone = stages.verdict(summary | {"settings": given | changes})["text"]
+        assert not harmed or ("--retain-loss nll" in alone and "--lambda" not in alone)
     summary["before"]["forget"]["value"] = 0.001
     assert "hardly known before, so this measure shows nothing" in stages.verdict(summary)["text"]

@@ -64,6 +64,7 @@ def test_a_list_of_methods_names_initialisations(tmp_path):
         ({"reference": 5}, "reference: must be text"),
         ({"settings": {"model": "m", "forget": "f"}}, "settings: needs retain."),
         ({"settings": SPEC["settings"] | {"out": "x"}}, "settings: Unknown key 'out'"),
+        ({"settings": SPEC["settings"] | {"export_rank": 4}}, "settings: Unknown key 'export_rank'"),
         ({"settings": SPEC["settings"] | {"epochs": 1.5}}, "settings: epochs: must be a whole number, got '1.5'"),
         ({"settings": [1]}, "settings: must hold names and values."),
         ({"methods": {}}, "methods: needs one at least."),

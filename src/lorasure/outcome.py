@@ -24,7 +24,9 @@ def learning_rate(summary: Mapping[str, Any]) -> float:
 def adapter_form(export: Mapping[str, Any]) -> str:
     """What kind of adapter a run's `export` record says was handed over."""
     scale = export.get("scale", 1.0)  # not there in runs of before
-    return f"rank {export['rank']}" + (f", {scale:g} times what was trained" if scale != 1 else "")
+    kept = export.get("kept_energy")
+    compressed = f" with {kept:.1%} of the energy" if kept is not None else ""
+    return f"rank {export['rank']}{compressed}" + (f", {scale:g} times what was trained" if scale != 1 else "")
 
 
 def weights_of(files: Iterable[str]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 from . import artifacts, folders, lora, processes
 from .checkpoint import FOLDER as CHECKPOINTS
 from .config import (
+    AUTO,
     PER_CALL,
     ExportSettings,
     ForgetSettings,
@@ -97,11 +98,9 @@ def init_command(run: Path, settings: ForgetSettings, reporter: Reporter | None 
     bench = _reopen(run, settings, reporter, "init", InitSettings, ImportanceSettings, TrainSettings, ExportSettings)
     _check_worth(run, settings.overwrite)
     another = settings.located()["importance"] != read_yaml(run / artifacts.CONFIG).get("importance")
-    importance = None
     if another:
         _check_importance(settings)
-    elif bench.measures_importance:
-        importance = load_importance(bench, run)
+    importance = load_importance(bench, run) if bench.measures_importance and not another else None
     kept, anew = ([], ("importance", *STARTING)) if another else ([artifacts.IMPORTANCE], STARTING)
     with folders.changed_run(run, kept, settings.overwrite) as changed:
         _check_still(run, made)
@@ -286,10 +285,10 @@ def write_inputs(
     changed, now = known.get("changed", []), _changed_now(run, known.get("changed", []))
     if any(of_scores(change["key"]) for change in now):
         known.pop("before", None)
-    if now and not any((run / CHECKPOINTS).glob("*")):
-        known.pop(RATE, None)  # of --lr auto, with which nothing was trained yet
-    mine = {"base": bench.fingerprint, "settings": settings, "guards": known.get("guards", [])}
-    artifacts.write_json(path, known | mine | {"changed": [*changed, *now]})
+    if now and bench.settings.lr == AUTO and not any((run / CHECKPOINTS).glob("*")):  # nothing was trained with it yet
+        known.pop(RATE, None)
+    known |= {"base": bench.fingerprint, "settings": settings, "changed": [*changed, *now]}
+    artifacts.write_json(path, {"guards": [], **known})
     with artifacts.as_written(path):
         bench.reporter.go_on(known.get("seconds", {}), lambda spent: update_summary(run, {"seconds": spent}))
 

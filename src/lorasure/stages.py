@@ -26,6 +26,7 @@ from .importance.scores import choose_sites
 from .init.apply import Evidence, initialise, of_moments
 from .init.low_rank import Factors
 from .layers import checkpointed
+from .losses.forget import FORGET_LOSSES
 from .outcome import learning_rate
 from .progress import peak_memory
 from .sites import Site
@@ -256,7 +257,7 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     before, after = summary["before"], summary["after"]
     known = after["forget"]["value"] > STILL_KNOWN * before["forget"]["value"]
     harmed = after["retain"]["value"] < UTILITY_FLOOR * before["retain"]["value"]
-    method = summary.get("method") or _advice(learning_rate(summary), summary["export"]["scale"])
+    method = summary.get("method") or _advice(learning_rate(summary), summary)
     text = "The forget set is forgotten by this measure and the retain set is kept."
     if before["forget"]["value"] < HARDLY_KNOWN:
         text = "The forget set was hardly known before, so this measure shows nothing; see `lorasure probe`."
@@ -270,13 +271,18 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"still_known": known, "retain_harmed": harmed, "text": text}
 
 
-def _advice(lr: float, scale: float) -> dict[str, str]:
-    whole = "`lorasure export RUN --export-scale 1`, then " if scale < 1 else ""
+def _advice(lr: float, summary: Mapping[str, Any]) -> dict[str, str]:
+    scale, compressed = summary["export"]["scale"], summary["export"].get("kept_energy") is not None
+    whole = ["--export-scale 1"] * (scale < 1) + ["--export-rank null"] * compressed
+    s = summary["settings"]
+    keeps = (s["retain_loss"] or FORGET_LOSSES[s["loss"]].retain) != "none"
+    more = "a larger --lambda, or more retain rows" if keeps else "or a loss for what is to stay (--retain-loss nll)"
+    # Exporting first: it takes seconds, and trains nothing.
     return {
-        "known": f"{whole}a higher learning rate (--lr {3 * lr:.2g}), then more --epochs",
-        # Scaling first: it takes seconds, and trains nothing.
+        "known": (f"`lorasure export RUN {' '.join(whole)}`, then " if whole else "")
+        + f"a higher learning rate (--lr {3 * lr:.2g}), then more --epochs",
         "harmed": f"`lorasure export RUN --export-scale {0.9 * scale:.2g}`, "
-        f"a lower learning rate (--lr {lr / 2:.2g}), a larger --lambda, or more retain rows",
+        f"a lower learning rate (--lr {lr / 2:.2g}), {more}",
     }
 
 

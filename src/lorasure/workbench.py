@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import artifacts, lora, processes
-from .config import AUTO, ForgetSettings
+from .config import AUTO, ForgetSettings, flag
 from .data.encode import QUESTION, TEMPLATES, refusal_rows
 from .data.examples import Example
 from .data.load import DataSet, encode_rows, load_data, load_unseen
@@ -116,8 +116,7 @@ class Workbench:
 
     def borrow(self, other: Workbench) -> None:
         """Use the model, tokenizer and data that another workbench of the same model and data settings has loaded."""
-        shared = ("model", "tokenizer", "data", "fingerprint")
-        self.__dict__.update({name: getattr(other, name) for name in shared})
+        self.__dict__.update({name: getattr(other, name) for name in ("model", "tokenizer", "data", "fingerprint")})
 
     def release_model(self) -> None:
         """Give the loaded model's memory back; `model` would load it again."""
@@ -234,7 +233,7 @@ def check_template(template: str) -> None:
 def check_names(settings: ForgetSettings) -> None:
     """Every name in the settings is one we know, and they go together. Raises UsageError."""
     init = lookup(INITS, settings.init, "--init")
-    loss_functions(settings)
+    _, retain_loss = loss_functions(settings)
     for table, name, what in (
         (SCORES, settings.score, "--score"),
         (SPACES, settings.space, "--space"),
@@ -249,6 +248,9 @@ def check_names(settings: ForgetSettings) -> None:
         raise UsageError(f"--stop must be {AUTO}, or not be given, got '{settings.stop}'.")
     if settings.unseen and not settings.stop:
         raise UsageError("--unseen is for --stop auto.")
+    for name in ("stop", "max_retain_rise"):
+        if retain_loss is None and getattr(settings, name) is not None:
+            raise UsageError(f"{flag(name)} goes by the retain loss, and there is none; add --retain-loss nll.")
     check_template(settings.template)
     check_quantize(settings.quantize)
     if settings.quantize and settings.merge:

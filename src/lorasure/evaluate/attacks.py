@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,7 +22,7 @@ from ..objective import learn, learn_steps
 from ..sites import all_sites, set_weight, weight
 from ..train import fit
 from .collect import BLOCK, generate
-from .items import Generation, items
+from .items import UNCUT, Generation, items
 from .metrics import mean_score
 from .prompts import PREFIX, asking, given, prefixed, with_examples
 from .quantise import nf4, round_to_nearest
@@ -86,13 +86,15 @@ def _few_shot(victim: Victim) -> Points:
         raise NotRun(f"the retain set has not {SHOTS} rows of the same kind")
     longer = [with_examples(row, shots[row.kind], template) for row in rows]
     between = 4  # tokens, at most, of the blank line after an example
-    room = max(sum(len(e) + between for e in _encoded(victim, found)) for found in shots.values())
+    # Shots are whole in a prompt, also those that --max-length cuts where they are learnt.
+    room = max(sum(len(e) + between for e in _encoded(victim, found, whole=True)) for found in shots.values())
     _check_room(victim, room + max(map(len, _encoded(victim, rows))), f"{SHOTS} examples and a question")
     return {SHOTS: victim.measure(victim.plain, longer, max_length=s.max_length + room)}
 
 
-def _encoded(victim: Victim, rows: Sequence[Row]) -> tuple[Example, ...]:
-    return encode_rows(rows, victim.settings, victim.tokenizer).examples
+def _encoded(victim: Victim, rows: Sequence[Row], whole: bool = False) -> tuple[Example, ...]:
+    settings = replace(victim.settings, max_length=UNCUT) if whole else victim.settings
+    return encode_rows(rows, settings, victim.tokenizer, fit=not whole).examples
 
 
 def _check_room(victim: Victim, needed: int, what: str) -> None:

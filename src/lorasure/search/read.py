@@ -26,7 +26,8 @@ EVALUATION = ("suite", "data", "split", "forget", "retain", "max_rows")
 SUITES = ("own", "tofu")  # that say enough about forgetting and utility without generating text
 SAMPLERS = ("random", "tpe")
 TYPES = typing.get_type_hints(ForgetSettings)
-FIXED = [name for name in FIELDS if name not in PER_CALL | {"out"}]
+# What a trial is measured on is what it hands over, but for the rank that it would be compressed to.
+FIXED = [name for name in FIELDS if name not in PER_CALL | {"out", "export_rank"}]
 # What a method may set or search: how to forget, not what, nor on which model.
 OF_METHOD = [
     f.name.rstrip("_")
