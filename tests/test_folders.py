@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -50,6 +51,58 @@ def test_a_file_of_its_own_changes_nothing_that_is_read_or_finished(tmp_path):
     folders.check_new_file(tmp_path / "new.json", "--out", overwrite=False, reads=reads)
     with pytest.raises(UsageError, match="add --overwrite"):
         folders.check_new_file(tmp_path / "mine.json", "--out", overwrite=False, reads=reads)
+
+
+def test_nothing_new_is_put_into_what_is_finished(tmp_path):
+    make(tmp_path / "run")
+    make(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "run" / "deep" / "old")  # what got there all the same can be changed
+    folders.check_new(tmp_path / "run" / "deep" / "old", overwrite=True)
+    (tmp_path / "run" / "empty").mkdir()
+    for out in ("run/new", "run/deep/new", "run/empty", "run/deep/old/new"):
+        said = rf"^--out {tmp_path / out}: {tmp_path}/run(/deep/old)? is finished, and stays as it is"
+        with pytest.raises(UsageError, match=said):
+            folders.check_new(tmp_path / out)
+        with pytest.raises(UsageError, match=said):
+            make(tmp_path / out)
+    make(tmp_path / "open")
+    artifacts.begin(tmp_path / "open")
+    make(tmp_path / "open" / "run")
+
+
+def test_what_a_killed_command_leaves_of_a_folder_without_an_identity_is_ours(tmp_path):
+    out, partial = tmp_path / "run", tmp_path / ".run.partial"
+    make(out)
+    for kept in ([], ["a.txt"]):
+        with folders.changed_run(out, kept):
+            artifacts.write_text(partial / "c.txt", "c")
+            shutil.copytree(partial, tmp_path / "left")
+        (tmp_path / "left").rename(partial)
+        make(out)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("what", ["old", "partial"])
+@pytest.mark.parametrize("name", ["x", "x.json", "deep/manifest.json", None])
+def test_what_is_not_ours_is_never_removed(tmp_path, what, name):
+    out, theirs = tmp_path / "run", tmp_path / f".run.{what}"
+    make(out)
+    if name:
+        artifacts.write_text(theirs / name, "mine")
+    else:
+        make(tmp_path / "elsewhere")
+        theirs.symlink_to(tmp_path / "elsewhere")
+    before = content(tmp_path) | content(theirs)
+    folders.verify(out)
+    for action in (make, lambda out: begin(out, overwrite=True), lambda out: folders.check_new(out, overwrite=True)):
+        with pytest.raises(UsageError, match=rf"^--out {out}: {theirs} is in the way, and not this program's"):
+            action(out)
+    out.rename(tmp_path / "kept")
+    with pytest.raises(UsageError, match="in the way"):
+        make(out)
+    assert not out.exists()
+    (tmp_path / "kept").rename(out)
+    assert content(tmp_path) | content(theirs) == before
 
 
 def test_a_failure_leaves_nothing_not_even_parents(tmp_path):
@@ -126,7 +179,7 @@ IDENTITY = {"rank": 8, "forget rows": "abc"}
 def begin(out, error=None, name="half.txt", **options):
     """One attempt at a folder that is complete with two files; `error` interrupts it after the first."""
     with folders.resumable_folder(out, options.pop("identity", IDENTITY), **options) as partial:
-        seen = sorted(p.name for p in partial.iterdir())
+        seen = sorted(p.name for p in partial.iterdir() if p.name != artifacts.MANIFEST)
         artifacts.write_text(partial / name, "half")
         if error:
             raise error
@@ -172,6 +225,7 @@ def test_what_a_killed_process_had_only_begun_is_cleaned_silently(tmp_path):
     for name in ("identity.json", "config.yaml", ".half.txt.partial-123"):
         artifacts.write_text(partial / name, "{}")
     assert begin(tmp_path / "run") == ["identity.json"]
+    artifacts.begin(partial)
     artifacts.write_text(partial / "no identity.txt", "x")
     assert begin(tmp_path / "run", overwrite=True) == ["identity.json"]
     interrupt(tmp_path / "other")
@@ -235,9 +289,11 @@ def test_another_identity_is_refused_with_every_difference(tmp_path):
     interrupt(out)
     other = {"rank": 4, "forget rows": "xyz", "new": 1}
     with pytest.raises(UsageError) as caught:
-        begin(out, resume=True, identity=other)
+        begin(out, resume=True, identity=other, allow_change=[])
     for said in ("rank: 8 -> 4", "forget rows: abc -> xyz", "new: None -> 1", "--allow-change forget rows,rank,new"):
         assert said in str(caught.value)
+    with pytest.raises(UsageError, match="start anew with --overwrite[.]$"):  # of a command without that flag
+        begin(out, resume=True, identity=other)
     with pytest.raises(UsageError, match="rank: 8 -> 4") as caught:
         begin(out, resume=True, identity=other, allow_change=["new", "forget rows"])
     assert "abc" not in str(caught.value)

@@ -446,6 +446,10 @@ def test_only_a_report_is_replaced(tmp_path):
     with pytest.raises(UsageError, match="not an earlier report"):
         report([run], ReportSettings(out=str(mine)))
     assert mine.read_text() == "<!doctype html> mine"
+    for inside in ("report.html", "deep/report.html"):
+        with pytest.raises(UsageError, match=rf"^--out {run / inside}: {run} is read, or finished, and stays as it is"):
+            report([run], ReportSettings(out=str(run / inside)))
+    assert artifacts.differences(run) == []
     first = report([run], ReportSettings())
     assert report([run], ReportSettings()) == first
     with pytest.raises(UsageError, match="--plots"):

@@ -718,6 +718,25 @@ def test_what_is_asked_for_only_when_resumed_begins_there(interrupted, tmp_path)
     assert found["utility"]["shares"][-1] == anew["utility"]["shares"][-1]
 
 
+@pytest.mark.parametrize(("seed", "shares"), [(0, [[0, 1], [3, 1], [6, 0.5]]), (5, [[0, 1], [6, 1]])])
+def test_shares_of_other_rows_are_not_gone_on_with(settings, monkeypatch, seed, shares):
+    """With another seed other rows are measured, whose probability is half of that of the first."""
+    value, real = 0.8, checkpoint.Keeper.save
+
+    def stopping(self, training):
+        real(self, training)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_stage, "mean_probability", lambda *_: type("S", (), {"value": value}))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Keeper, "save", stopping)
+        pipeline.forget(settings(min_utility=0.9, checkpoint_every=3))
+    value = 0.4
+    changed = {"allow_change": "seed"} if seed else {}
+    utility = pipeline.forget(settings(min_utility=0.9, seed=seed, resume=True, **changed)).summary["utility"]
+    assert utility["shares"] == shares and utility["exported_step"] == (6 if seed else 3)
+
+
 @pytest.mark.parametrize(("floor", "kept"), [(0.7, 3), (0.9, 3), (0.96, 0)])
 def test_another_floor_when_resumed_hands_over_no_state_but_one_that_is_held(settings, monkeypatch, floor, kept):
     """Shares .95, .8 and .1 after three epochs, interrupted after the second: only the first was held, for .9."""

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -202,11 +202,28 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def copy_files(run: Path, into: Path, names: Iterable[str]) -> None:
+    """Second names for files of a run (or copies, where a file system has no links). They never change in place."""
+    for name in names:
+        source, target = run / name, into / name
+        if source.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copy2(source, target)
+
+
 def write_manifest(folder: Path) -> None:
     """sha256 and size of every file of the folder, and the versions that wrote it. Written last."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     listed = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files}
     write_json(folder / MANIFEST, {"files": listed, "versions": versions()})
+
+
+def begin(folder: Path) -> None:
+    """A manifest that lists nothing: the folder is this program's, and there is more to come."""
+    write_json(folder / MANIFEST, {"files": {}, "versions": versions()})
 
 
 def finish(folder: Path, name: str) -> None:
@@ -231,10 +248,9 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a manifest of ours is in a folder: what is added to it, or changed, no longer is as it was written."""
+    """Whether a manifest of ours lists files here: what is added, or changed, no longer is as it was written."""
     with suppress(DataError):
-        read_manifest(folder)
-        return True
+        return bool(read_manifest(folder))
     return False
 
 

@@ -30,7 +30,8 @@ class Utility:
     """How much of what must stay is still there: `measure()` is a score, higher is better, taken every `every` steps.
 
     `floor`: the least share of its value at the start. `shares`: [step, share of the start] of each measurement.
-    `best`: the step of the last state that was good enough, other than the start, and is held; 0: none.
+    `best`: the step of the last state that was good enough, other than the start, and is held; 0: none. `rows_sha256`:
+    of what is measured, where that may change from one attempt to the next.
     """
 
     measure: Callable[[], float]
@@ -39,6 +40,7 @@ class Utility:
     start: float = 0.0
     shares: list[list[float]] = field(default_factory=list)
     best: int = field(default=0, kw_only=True)
+    rows_sha256: str = field(default="", kw_only=True)
 
     def take(self, step: int) -> bool:
         """Measure at a step; whether the state is good enough."""
@@ -47,9 +49,16 @@ class Utility:
         self.shares.append([step, value / self.start])
         return self.shares[-1][1] >= self.floor
 
+    def numbers(self) -> dict[str, Any]:
+        """What `continued` takes from a checkpoint."""
+        return {name: getattr(self, name) for name in ("start", "shares", "best", "rows_sha256")}
+
     def continued(self, numbers: Mapping[str, Any]) -> Utility:
-        """As it was when a checkpoint's numbers were taken, if they say so. A state below today's floor is not held."""
-        if "shares" not in numbers:
+        """As it was when a checkpoint's numbers were taken, if they say so. A state below today's floor is not held.
+
+        Shares of other rows say nothing of these, so neither they nor the state chosen by them are taken over.
+        """
+        if "shares" not in numbers or numbers.get("rows_sha256", self.rows_sha256) != self.rows_sha256:
             return self
         shares, best = [[int(step), float(share)] for step, share in numbers["shares"]], int(numbers["best"])
         enough = any(step == best and share >= self.floor for step, share in shares)
@@ -122,7 +131,7 @@ class Keeper:
             artifacts.write_text(folder / artifacts.LOG, "".join(self.lines))
             numbers = training.numbers() | {"run": self._run_id()}
             if self.utility:
-                numbers |= {"start": self.utility.start, "shares": self.utility.shares, "best": self.utility.best}
+                numbers |= self.utility.numbers()
             if self.level:
                 numbers |= {"seen": self.level.seen}
             artifacts.write_json(folder / STATE, numbers)

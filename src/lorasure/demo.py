@@ -49,6 +49,7 @@ def demo(settings: DemoSettings, reporter: Reporter | None = None) -> dict[str, 
     with folders.new_folder(out, settings.overwrite) as folder:
         make_data(folder, settings.seed)
         make_start(folder, "start", settings.seed)
+    artifacts.begin(out)  # models and a run come in here
     try:
         _make_models(out, settings.seed, reporter)
         with reporter.stage("compare"):

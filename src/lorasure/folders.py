@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -20,11 +19,12 @@ from . import artifacts
 from .artifacts import IDENTITY, MANIFEST
 from .config import Settings, flag
 from .errors import KEPT, KEPT_TO_CHANGE, DataError, NumericError, ResourceError, UsageError
-from .lock import beside, locked, recover
+from .lock import beside, discard, is_ours, locked, recover
 from .registry import lookup
 
 # Written again at every start: a partial folder that holds nothing else has nothing that could be resumed.
-WRITTEN_AT_START = {IDENTITY, artifacts.CONFIG, artifacts.DATA, artifacts.LOG, artifacts.SUMMARY, artifacts.FINETUNED}
+WRITTEN_AT_START = {IDENTITY, MANIFEST, artifacts.CONFIG, artifacts.DATA, artifacts.LOG, artifacts.SUMMARY}
+WRITTEN_AT_START |= {artifacts.FINETUNED}
 
 
 def partial_of(out: Path) -> Path:
@@ -85,9 +85,15 @@ def _check_place(out: Path) -> None:
         raise UsageError(f"--out {out}: {parent} is a file, a folder is wanted.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ResourceError(f"--out {out}: no permission to write in {parent}.")
+    if not (out / MANIFEST).is_file():  # what is there already, made before this was refused, can be changed
+        for place in filter(artifacts.is_sealed, out.resolve().parents):
+            raise UsageError(f"--out {out}: {place} is finished, and stays as it is; choose another one.")
 
 
 def _check_content(out: Path, overwrite: bool, resume: bool, replace: bool = False) -> None:
+    for path in (partial_of(out), beside(out.resolve(), "old")):
+        if os.path.lexists(path) and not is_ours(path):
+            raise UsageError(f"--out {out}: {path} is in the way, and not this program's; rename it.")
     worth = holds_progress(partial_of(out))
     if worth and not (overwrite or resume):
         raise UsageError(
@@ -123,17 +129,17 @@ def resumable_folder(
     resume: bool = False,
     overwrite: bool = False,
     carry: Collection[str] = (),
-    allow_change: Collection[str] = (),
+    allow_change: Collection[str] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Iterator[Path]:
     """A private, locked folder `.NAME.partial` that takes the name `out` only if the block ends without an error.
 
     `identity`: flat, JSON-able; everything the result depends on, under the names that --allow-change takes. It is
     stored in identity.json and must be the same when the folder is resumed, but for the keys in `allow_change`, whose
-    changes are recorded there. `resume` continues in the folder that an interrupted block left behind (none: it starts
-    as usual and says so through `note`); `overwrite` allows to replace the run at `out` and, without `resume`, to throw
-    away what an interrupted one left. The run that is replaced stays until the new one is complete. `carry`: make a new
-    version of that run, which starts from these files of it.
+    changes are recorded there (None: the command has no such flag). `resume` continues in the folder that an
+    interrupted block left behind (none: it starts as usual and says so through `note`); `overwrite` allows to replace
+    the run at `out` and, without `resume`, to throw away what an interrupted one left. The run that is replaced stays
+    until the new one is complete. `carry`: make a new version of that run, which starts from these files of it.
 
     When the block raises, the folder stays if it holds anything beyond what every start writes, and the error gets a
     note that says so; but a UsageError removes a folder that this block began, as a corrected flag would not fit it.
@@ -146,7 +152,7 @@ def resumable_folder(
                 note(f"--resume: nothing is there to resume for {out}; a new run starts.")
             stored = {"identity": values, "changed": [], "run": secrets.token_hex(8)}
             stored |= {"replaces": overwrite or bool(carry), "carried": list(carry)}
-            copy_files(out, partial, carry)
+            artifacts.copy_files(out, partial, carry)
         else:
             stored = _checked(partial, values, allow_change, overwrite)
         artifacts.write_json(partial / IDENTITY, stored)
@@ -170,20 +176,8 @@ def changed_run(run: Path, keep: Iterable[str], overwrite: bool = False) -> Iter
     `overwrite`: throw away what an interrupted command left beside it.
     """
     with _work_folder(run, overwrite, replace=True) as (partial, _):
-        copy_files(run, partial, keep)
+        artifacts.copy_files(run, partial, keep)
         yield partial
-
-
-def copy_files(run: Path, into: Path, names: Iterable[str]) -> None:
-    """Second names for files of a run (or copies, where a file system has no links). They never change in place."""
-    for name in names:
-        source, target = run / name, into / name
-        if source.is_file() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copy2(source, target)
 
 
 @contextmanager
@@ -198,16 +192,18 @@ def _work_folder(
         partial = partial_of(out)
         fresh = not (resume and holds_progress(partial))
         if fresh:
-            _remove(partial)
+            discard(partial)
             partial.mkdir(mode=0o700)
         else:
             artifacts.remove_unfinished(partial)
         try:
+            if fresh:
+                artifacts.begin(partial)
             yield partial, fresh
             _publish(partial, out)
         except BaseException as error:
             if not holds_progress(partial) or (fresh and isinstance(error, UsageError)):
-                _remove(partial)
+                discard(partial)
             elif not isinstance(error, UsageError):  # the same command would be refused again
                 error.add_note(KEPT_TO_CHANGE if isinstance(error, NumericError) and _has_rate(partial) else KEPT)
             raise
@@ -239,21 +235,22 @@ def _may_replace(partial: Path) -> bool:
     return isinstance(stored, dict) and stored.get("replaces") is True
 
 
-def _checked(partial: Path, identity: Mapping[str, Any], allow_change: Collection[str], overwrite: bool) -> dict:
+def _checked(partial: Path, identity: Mapping[str, Any], allow_change: Collection[str] | None, overwrite: bool) -> dict:
     """identity.json as it is to be from now on. Raises UsageError with every difference that is not allowed."""
     stored = artifacts.read_json(partial / IDENTITY)
     if not isinstance(stored, dict) or not stored.keys() >= {"identity", "changed", "replaces", "run", "carried"}:
         raise UsageError(f"{partial}: its {IDENTITY} is another program's; add --overwrite instead of --resume.")
     before = stored["identity"]
-    for key in allow_change:
+    for key in allow_change or ():
         lookup(dict.fromkeys({**before, **identity}), key, "--allow-change")
     differ = [k for k in {**before, **identity} if before.get(k) != identity.get(k)]
-    refused = [k for k in differ if k not in allow_change]
+    refused = [k for k in differ if k not in (allow_change or ())]
     if refused:
         shown = "; ".join(f"{k}: {before.get(k)} -> {identity.get(k)}" for k in refused)
+        more = f", or continue all the same with --allow-change {','.join(refused)}" if allow_change is not None else ""
         raise UsageError(
-            f"--resume: not the run that was interrupted ({shown}). Go back to the first value, start anew with "
-            f"--overwrite, or continue all the same with --allow-change {','.join(refused)}."
+            f"--resume: not the run that was interrupted ({shown}). Go back to the first value, or start anew with "
+            f"--overwrite{more}."
         )
     changed = [{"key": k, "from": before.get(k), "to": identity.get(k)} for k in differ]
     return {
@@ -273,7 +270,7 @@ def _publish(partial: Path, out: Path) -> None:
     artifacts.sync(partial)
     _swap(partial, out, beside(out, "old"))
     artifacts.sync(out.parent)
-    _remove(beside(out, "old"))
+    discard(beside(out, "old"))
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:
@@ -287,10 +284,6 @@ def _swap(new: Path, out: Path, old: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def verify(run: Path) -> None:

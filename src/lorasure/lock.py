@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from .artifacts import IDENTITY, MANIFEST, is_unfinished
 from .errors import ResourceError
 
 PAUSE = 0.1  # seconds between two looks at a lock that another process holds
@@ -69,8 +70,30 @@ def recover(out: Path) -> None:
             pass
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a hidden folder may go: empty, but for what was being written, or with what only this program writes."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    marked = any((folder / name).is_file() for name in (MANIFEST, IDENTITY))
+    return marked or all(is_unfinished(Path(path.name)) for path in folder.iterdir())
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, as far as that is possible; its manifest last, which says to the end whose it is."""
+    with suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        folder.rmdir()
+
+
 def _settle(out: Path) -> None:
     old = beside(out, "old")
-    if old.exists() and not out.exists():  # killed between the two renames of `_swap`
+    if not is_ours(old):
+        return
+    if out.exists():
+        discard(old)
+    else:  # killed between the two renames of `_swap`
         old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

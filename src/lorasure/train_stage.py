@@ -15,6 +15,7 @@ from .calibrate import calibrate
 from .checkpoint import Keeper, Utility, remove_checkpoints
 from .config import AUTO, ForgetSettings, OptimizerSettings
 from .data.examples import Example
+from .data.load import examples_hash
 from .data.pairing import sample
 from .errors import DataError
 from .fitting import training_budget
@@ -160,8 +161,8 @@ def _utility(bench: Workbench, wrapped: Any, used: Collection[int]) -> Utility |
     forget, retain = (part.examples for part in bench.data)
     pool = [i for i in range(len(retain)) if i not in used] or list(range(len(retain)))
     rows = [retain[pool[i]] for i in sample(len(pool), min(len(pool), UTILITY_ROWS), s.seed + 2)]
-
-    return Utility(lambda: _mean(bench, wrapped, rows), math.ceil(len(forget) / s.batch_size), s.min_utility)
+    every, measured = math.ceil(len(forget) / s.batch_size), partial(_mean, bench, wrapped, rows)
+    return Utility(measured, every, s.min_utility, rows_sha256=examples_hash(rows))
 
 
 def _mean(bench: Workbench, wrapped: Any, rows: Sequence[Example]) -> float:

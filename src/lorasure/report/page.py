@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__, artifacts
 from ..errors import UsageError, escaped
+from ..folders import check_new_file
 from ..registry import lookup
 from .contents import Contents, contents, tradeoff
 from .read import read_runs
@@ -25,7 +26,8 @@ PLOTS = {"png": "pixels, 300 dpi", "svg": "vectors"}
 def report(paths: Sequence[Path], settings: ReportSettings) -> Path:
     """Write the report on the runs among `paths` and what belongs to them; returns its place.
 
-    An earlier report there is replaced, any other file is refused. Raises what `read_runs` does.
+    An earlier report there is replaced; any other file is refused, and a place in a finished run. Raises what
+    `read_runs` does.
     """
     if settings.plots is not None:
         lookup(PLOTS, settings.plots, "--plots")
@@ -34,6 +36,7 @@ def report(paths: Sequence[Path], settings: ReportSettings) -> Path:
     out = Path(settings.out).expanduser() if settings.out else first.with_name(f"{first.name}-report.html")
     if out.exists() and not (out.is_file() and MARK in _head(out)):
         raise UsageError(f"--out {out}: this is not an earlier report. Choose another name.")
+    check_new_file(out, "--out", overwrite=True, reads=())
     compared = compare(runs) if len(runs) > 1 else []
     found = [contents(name, run) for name, run in zip(run_names(runs), runs, strict=True)]
     artifacts.write_text(out, render(found, compared))
