@@ -102,7 +102,7 @@ def test_attacks_that_need_more_room_are_not_run(run, tmp_path):
     about, lines = attacking.attack(run, asked)
     assert {x["attack"]: x["reason"] for x in about["not_run"]} == {
         "prefix": "a question, the prefix and an answer are up to 90 tokens, the model takes 64",
-        "few-shot": "3 examples and a question are up to 268 tokens, the model takes 64",
+        "few-shot": "3 examples and a question are up to 537 tokens, the model takes 64",
     }
     assert {x["attack"] for x in lines} == {"none", "prefill", "sample"}
 

@@ -292,7 +292,7 @@ def test_another_identity_is_refused_with_every_difference(tmp_path):
         begin(out, resume=True, identity=other, allow_change=[])
     for said in ("rank: 8 -> 4", "forget rows: abc -> xyz", "new: None -> 1", "--allow-change forget rows,rank,new"):
         assert said in str(caught.value)
-    with pytest.raises(UsageError, match="start anew with --overwrite[.]$"):  # of a command without that flag
+    with pytest.raises(UsageError, match=r"start anew with --overwrite[.]$"):  # of a command without that flag
         begin(out, resume=True, identity=other)
     with pytest.raises(UsageError, match="rank: 8 -> 4") as caught:
         begin(out, resume=True, identity=other, allow_change=["new", "forget rows"])

@@ -488,7 +488,7 @@ def test_a_changed_setting_is_refused(interrupted, tmp_path, name):
     now = stored | {name.rstrip("_"): changed(name, getattr(before, name))}
     shutil.copytree(source, tmp_path / ".x.partial")
     with pytest.raises(UsageError, match=rf"{name.rstrip('_')}: .* -> .*--allow-change {name.rstrip('_')}\b"):  # noqa: SIM117
-        with folders.resumable_folder(tmp_path / "x", now, resume=True):
+        with folders.resumable_folder(tmp_path / "x", now, resume=True, allow_change=[]):
             pytest.fail("resumed")
     assert (tmp_path / ".x.partial" / "checkpoints").exists()
 
